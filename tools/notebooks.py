@@ -39,7 +39,7 @@ from nbdev.maker import ModuleMaker
 for path in sys.argv[2:]:
     nb_export(path, "minigpt", mod_maker=lambda **kw: ModuleMaker(**kw | {"is_new": True}))
 if int(sys.argv[1]):
-    _build_modidx(force=True)
+    _build_modidx()
 """
 
 

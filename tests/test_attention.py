@@ -1,0 +1,342 @@
+"""minigpt.attention against values computed another way: plain loops, torch, transformers."""
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minigpt.attention import (CausalSelfAttention, attend, attention, causal_mask, merge_heads, plot_heads,
+                               plot_pattern, split_heads)
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs" / "02_attention.ipynb"
+torch.manual_seed(0)
+
+
+def by_loops(q, k, v, allowed):
+    """Attention of one head in float64, number by number; allowed[t][s] says where query t may look."""
+    out, pattern = np.zeros((len(q), v.shape[1])), np.zeros((len(q), len(k)))
+    for t in range(len(q)):
+        seen = [s for s in range(len(k)) if allowed[t][s]]
+        scores = [sum(a * b for a, b in zip(q[t], k[s])) / math.sqrt(q.shape[1]) for s in seen]
+        top = max(scores, default=0.0)
+        exps = [math.exp(score - top) for score in scores]
+        for s, e in zip(seen, exps):
+            pattern[t, s] = e / sum(exps)
+            out[t] += pattern[t, s] * v[s]
+    return out, pattern
+
+
+# ------------------------------------------------------------------ the function
+
+@pytest.mark.parametrize("T, S", [(1, 1), (5, 5), (3, 7), (1, 6)])
+def test_equals_plain_loops(T, S, ledger):
+    rng = np.random.default_rng(T * 10 + S)
+    q, k, v = rng.normal(size=(T, 4)), rng.normal(size=(S, 4)), rng.normal(size=(S, 3))
+    allowed = [[s <= t + S - T for s in range(S)] for t in range(T)]
+    want, weights = by_loops(q, k, v, allowed)
+    out, pattern = attention(*(torch.tensor(a, dtype=torch.float64) for a in (q, k, v)))
+    error = max(np.abs(out.numpy() - want).max(), np.abs(pattern.numpy() - weights).max())
+    ledger(f"attention = plain loops, T={T} S={S}, float64", float(error), peer="numpy", bound=1e-12)
+    assert error < 1e-12
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("B, H, T, D", [(1, 1, 1, 8), (2, 4, 33, 16), (1, 12, 128, 64), (2, 25, 17, 64)])
+def test_equals_sdpa(B, H, T, D, dtype, bound, ledger):
+    q, k, v = torch.randn(3, B, H, T, D, generator=torch.Generator().manual_seed(D + T)).to(dtype)
+    free = torch.rand(B, 1, T, T, generator=torch.Generator().manual_seed(T)) < 0.6
+    free |= torch.eye(T, dtype=torch.bool)
+    worst = 0.0
+    for ours, theirs in (
+            (attention(q, k, v)[0], F.scaled_dot_product_attention(q, k, v, is_causal=True)),
+            (attention(q, k, v, causal=False)[0], F.scaled_dot_product_attention(q, k, v)),
+            (attention(q, k, v, free)[0], F.scaled_dot_product_attention(q, k, v, attn_mask=free)),
+            (attention(q, k, v, free, causal=True)[0],
+             F.scaled_dot_product_attention(q, k, v, attn_mask=free & causal_mask(T)))):
+        assert ours.dtype == dtype
+        worst = max(worst, (ours - theirs).abs().max().item())
+    ledger(f"manual attention = SDPA, {B}x{H}x{T}x{D} {str(dtype)[6:]}", worst, peer="torch", bound=bound)
+    assert worst < bound
+
+
+def test_gradients_equal_sdpa_and_differences():
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 2, 3, 6, 8).double())
+    weight = torch.randn(2, 3, 6, 8).double()
+    ours = torch.autograd.grad((attention(q, k, v)[0] * weight).sum(), (q, k, v))
+    theirs = torch.autograd.grad((F.scaled_dot_product_attention(q, k, v, is_causal=True) * weight).sum(), (q, k, v))
+    for a, b in zip(ours, theirs):
+        assert torch.allclose(a, b, atol=1e-12)
+    small = [t[0, 0, :3, :2].detach().requires_grad_() for t in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv)[0], small)
+
+
+def test_a_row_masked_whole_is_zero_and_has_finite_gradients():
+    mask = causal_mask(4)
+    mask[0] = False
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 2, 4, 8))
+    out, pattern = attention(q, k, v, mask)
+    assert (pattern[:, 0] == 0).all() and (out[:, 0] == 0).all()
+    assert torch.allclose(pattern[:, 1:].sum(-1), torch.ones(2, 3))
+    for grad in torch.autograd.grad(out.square().sum(), (q, k, v)):
+        assert grad.isfinite().all()
+    sdpa = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert torch.allclose(out, sdpa, atol=1e-6)
+
+
+def test_causal_mask():
+    for T in range(1, 5):
+        for S in range(T, 7):
+            want = [[s <= S - T + t for s in range(S)] for t in range(T)]
+            assert causal_mask(T, S).tolist() == want
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda x: attention(x, x[..., :3], x), ValueError, "(2, 5, 3)"),
+    (lambda x: attention(x, x, x[:, :4]), ValueError, "(2, 4, 8)"),
+    (lambda x: attention(x, x[:, :3], x[:, :3]), ValueError, "5 queries"),
+    (lambda x: attention(x, x, x, torch.ones(5, 5)), TypeError, "torch.float32"),
+    (lambda x: attend(x[None], x[None], x[None], torch.zeros(5, 5), tap=print), TypeError, "bool mask"),
+    (lambda x: causal_mask(3, 2), ValueError, "not 2"),
+    (lambda x: split_heads(x, 3), ValueError, "8 channels"),
+    (lambda x: split_heads(x, 0), ValueError, "0 heads"),
+    (lambda x: CausalSelfAttention(10, 3), ValueError, "n_head=3"),
+    (lambda x: CausalSelfAttention(10, 0), ValueError, "n_head=0"),
+    (lambda x: plot_pattern(x, list("abcde")), ValueError, "(2, 5, 8)"),
+    (lambda x: plot_pattern(x[0], list("abc")), ValueError, "3 labels"),
+    (lambda x: plot_heads(x[0], list("abcde")), ValueError, "(5, 8)"),
+])
+def test_bad_input_names_the_value(call, error, words):
+    with pytest.raises(error) as caught:
+        call(torch.randn(2, 5, 8))
+    assert words in str(caught.value)
+
+
+# ------------------------------------------------------------------ heads
+
+def test_heads_are_slices_of_the_channels():
+    x = torch.randn(2, 5, 12)
+    heads = split_heads(x, 3)
+    for h in range(3):
+        assert torch.equal(heads[:, h], x[:, :, 4 * h:4 * h + 4])
+    assert heads.data_ptr() == x.data_ptr()  # no copy
+    assert torch.equal(merge_heads(heads), x)
+
+
+# ------------------------------------------------------------------ the layer
+
+def a_layer(n_embd=32, n_head=4, **options):
+    torch.manual_seed(1)
+    return CausalSelfAttention(n_embd, n_head, **options)
+
+
+def test_names_in_the_state_dict():
+    shapes = {name: tuple(t.shape) for name, t in a_layer().state_dict().items()}
+    assert shapes == {"c_attn.weight": (96, 32), "c_attn.bias": (96,), "c_proj.weight": (32, 32), "c_proj.bias": (32,)}
+
+
+def test_equals_multihead_attention_of_torch(ledger):
+    layer, x = a_layer(), torch.randn(3, 9, 32)
+    theirs = nn.MultiheadAttention(32, 4, batch_first=True)
+    theirs.in_proj_weight, theirs.in_proj_bias = layer.c_attn.weight, layer.c_attn.bias
+    theirs.out_proj = layer.c_proj
+    want, weights = theirs(x, x, x, attn_mask=~causal_mask(9), average_attn_weights=False)
+    seen = {}
+    layer.tap = seen.__setitem__
+    tapped = layer(x)
+    layer.tap = None
+    error = max((layer(x) - want).abs().max().item(), (tapped - want).abs().max().item(),
+                (seen["pattern"] - weights).abs().max().item())
+    ledger("CausalSelfAttention = nn.MultiheadAttention, output and pattern", error, peer="torch", bound=1e-5)
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("n_embd, n_head", [(768, 12), (1600, 25)])
+def test_equals_gpt2_attention_of_transformers(n_embd, n_head, ledger):
+    from transformers import GPT2Config
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+    theirs = GPT2Attention(GPT2Config(n_embd=n_embd, n_head=n_head, attn_implementation="sdpa"), layer_idx=0).eval()
+    layer = a_layer(n_embd, n_head).eval()
+    with torch.no_grad():
+        for ours, other in ((layer.c_attn, theirs.c_attn), (layer.c_proj, theirs.c_proj)):
+            ours.weight.copy_(other.weight.t())
+            ours.bias.copy_(other.bias.normal_())
+        x = torch.randn(2, 40, n_embd)
+        error = (layer(x) - theirs(x)[0]).abs().max().item()
+    ledger(f"CausalSelfAttention = GPT2Attention, {n_embd} wide", error, peer="transformers", bound=1e-4)
+    assert error < 1e-4
+
+
+def test_no_gradient_comes_from_a_later_token():
+    layer, x = a_layer(), torch.randn(1, 6, 32, requires_grad=True)
+    for tap in (None, lambda name, tensor: None):
+        layer.tap = tap
+        for t in range(6):
+            grad, = torch.autograd.grad(layer(x)[0, t].sum(), x)
+            reached = grad[0].abs().amax(-1) > 0
+            assert reached.tolist() == [s <= t for s in range(6)]
+
+
+class Keep:
+    """The smallest cache: all keys and values so far."""
+
+    def __init__(self):
+        self.kv = {}
+
+    def append(self, layer, k, v):
+        old = self.kv.get(layer, (k[:, :, :0], v[:, :, :0]))
+        self.kv[layer] = tuple(torch.cat(pair, dim=2) for pair in zip(old, (k, v)))
+        return self.kv[layer]
+
+
+@pytest.mark.parametrize("pieces", [[7], [1] * 7, [3, 3, 1], [1, 6], [2, 5]])
+@pytest.mark.parametrize("tapped", [False, True])
+def test_in_pieces_through_a_cache_equals_at_once(pieces, tapped, ledger):
+    layer, x = a_layer(), torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(7))
+    want, cache = layer(x), Keep()
+    layer.tap = (lambda name, tensor: None) if tapped else None
+    got = torch.cat([layer(piece, cache=cache, layer=3) for piece in x.split(pieces, dim=1)], dim=1)
+    error = (got - want).abs().max().item()
+    ledger(f"attention layer in pieces {pieces} = at once{', tapped' * tapped}", error, bound=1e-6)
+    assert error < 1e-6
+
+
+def test_padded_batch_equals_one_by_one():
+    layer = a_layer()
+    long, short = torch.randn(1, 6, 32), torch.randn(1, 4, 32)
+    batch = torch.cat([long, torch.cat([torch.full((1, 2, 32), 9.0), short], dim=1)])
+    mask = causal_mask(6).repeat(2, 1, 1, 1)  # (B, 1, T, S)
+    mask[1, :, :, :2] = False
+    for own in (False, True):  # rows of pads: masked whole, or seeing themselves
+        got = layer(batch, mask | torch.eye(6, dtype=torch.bool) if own else mask)
+        assert torch.allclose(got[:1], layer(long), atol=1e-6)
+        assert torch.allclose(got[1:, 2:], layer(short), atol=1e-6)
+
+
+def test_dropout_only_while_training():
+    layer, x = a_layer(dropout=0.5), torch.randn(1, 200, 32)
+    want = a_layer()(x)
+    dropped = layer.train()(x)
+    zeros = dropped == 0
+    assert 0.4 < zeros.float().mean() < 0.6
+    assert torch.allclose(dropped[~zeros], 2 * want[~zeros], atol=1e-5)
+    assert torch.equal(layer.eval()(x), want)
+
+
+def test_half_precision_stays_close():
+    layer, x = a_layer(64, 4), torch.randn(2, 20, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    assert got.dtype == torch.bfloat16 and (got - layer(x)).abs().max() < 0.03
+
+
+def kept(layer, T):
+    """Bytes that a forward pass keeps for the backward pass, weights left out."""
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    found = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = layer(torch.randn(1, T, 32, requires_grad=True))
+    assert out.requires_grad
+    return sum(found.values())
+
+
+def test_a_pattern_is_made_only_for_a_tap():
+    layer = a_layer()
+    assert kept(layer, 512) <= 2.01 * kept(layer, 256)  # linear: no (T, T) anywhere
+    layer.tap = lambda name, tensor: None
+    assert kept(layer, 512) > 3.5 * kept(layer, 256)
+
+
+def test_tap_sees_what_the_result_is_made_of():
+    layer, x, seen = a_layer(), torch.randn(2, 5, 32), {}
+    layer.tap = seen.__setitem__
+    result = layer(x)
+    assert list(seen) == ["q", "k", "v", "pattern", "z"]
+    assert torch.allclose(seen["pattern"] @ seen["v"], seen["z"], atol=1e-6)
+    assert torch.allclose(layer.c_proj(merge_heads(seen["z"])), result, atol=1e-6)
+    assert a_layer().tap is None  # a tap belongs to one layer
+    assert "tap" not in layer.state_dict()
+
+
+# ------------------------------------------------------------------ pictures
+
+@pytest.fixture
+def pyplot():
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    yield plt
+    plt.close("all")
+
+
+def test_plot_pattern_shows_the_numbers(pyplot):
+    pattern = torch.tensor([[0.25, 0.75, 0.0], [0.1, 0.2, 0.7]], requires_grad=True)
+    ax = plot_pattern(pattern, ["a$x$", "b", "c"], "title", values=True)
+    assert np.allclose(ax.images[0].get_array(), pattern.detach())
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a$x$", "b", "c"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "c"]  # queries are the last tokens
+    assert [t.get_text() for t in ax.texts] == ["0.25", "0.75", "0", "0.1", "0.2", "0.7"]
+    ax.figure.canvas.draw()  # a label with dollar signs is no formula
+
+
+def test_plot_pattern_leaves_infinite_cells_grey(pyplot):
+    table = torch.tensor([[0.0, -math.inf], [math.nan, 1.0]])
+    ax = plot_pattern(table, ["a", "b"], limits=(-1, 1))
+    assert ax.images[0].get_array().mask.tolist() == [[False, True], [True, False]]
+
+
+def test_plot_heads_draws_every_head(pyplot):
+    patterns = torch.rand(5, 4, 4)
+    figure = plot_heads(patterns, list("abcd"), columns=3)
+    drawn = [ax for ax in figure.axes if ax.images]
+    assert len(drawn) == 5 and [ax.get_title() for ax in drawn] == [f"head {h}" for h in range(5)]
+    for ax, pattern in zip(drawn, patterns):
+        assert np.allclose(ax.images[0].get_array(), pattern)
+
+
+# ------------------------------------------------------------------ the exercises
+
+def exercise_cells():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(c["source"]) for c in cells]
+    for i, text in enumerate(sources):
+        if text.startswith("# exercise 02."):
+            solution = re.search(r"<details>.*?```python\n(.*?)```", sources[i + 2], re.S).group(1)
+            yield pytest.param(text, sources[i + 1], solution, id=text.split("\n")[0][2:])
+
+
+@pytest.mark.parametrize("empty, check, solution", exercise_cells())
+def test_exercise(empty, check, solution, capsys):
+    space = dict(torch=torch, math=math, Tensor=torch.Tensor, attention=attention, causal_mask=causal_mask,
+                 patterns=torch.rand(8, 8, 16, 16, generator=torch.Generator().manual_seed(0)),
+                 sdpa=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    number = re.match(r"# exercise (\S+)", empty).group(1)
+    for code, said in ((empty, "not solved yet"), (solution, "correct")):
+        exec(compile(code + "\n" + check, number, "exec"), space)
+        assert capsys.readouterr().out.strip() == f"exercise {number}: {said}"
+
+
+@pytest.mark.parametrize("number, wrong, words", [
+    (1, "def window_mask(T, W): return causal_mask(T)", "window_mask(5, 2)[2]"),
+    (1, "def window_mask(T, W): return causal_mask(T).float()", "bool mask"),
+    (2, "def strongest_keys(p, q, n): return p[:, q].topk(n, largest=False).indices.tolist()", "head 0"),
+    (3, "def multi_query(q, k, v): return attention(q, k[:, None], v[:, None], causal=False)[0]", "sentence 0, head 0"),
+    (4, "def one_pass(s, v):\n    e = s.exp()\n    return (e[:, None] * v).sum(0) / e.sum()", "subtract the largest"),
+])
+def test_a_wrong_solution_is_told_why(number, wrong, words, capsys):
+    check = [p.values[1] for p in exercise_cells()][number - 1]
+    space = dict(torch=torch, math=math, Tensor=torch.Tensor, attention=attention, causal_mask=causal_mask,
+                 patterns=torch.rand(8, 8, 16, 16, generator=torch.Generator().manual_seed(0)),
+                 sdpa=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    exec(compile(wrong + "\n" + check, "wrong", "exec"), space)
+    assert words in capsys.readouterr().out

@@ -1,0 +1,433 @@
+"""The command line: as a process, through a pseudo-terminal, in pipes, and with wrong input."""
+import inspect
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import minigpt
+from minigpt import cli
+from minigpt.bpe import BPETokenizer
+from minigpt.chat import ChatSession
+from minigpt.gpt2 import GPT2, GPT2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIGPT = [sys.executable, "-m", "minigpt"]
+MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
+
+
+def environment(**more: str) -> dict[str, str]:
+    drop = {"MINIGPT_DEBUG", "PYTHONIOENCODING", "PYTHONUTF8"}
+    return {k: v for k, v in os.environ.items() if k not in drop} | {"PYTHONPATH": str(ROOT)} | more
+
+
+def run(*arguments: str, given: bytes = b"", **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*MINIGPT, *arguments], input=given, capture_output=True, env=environment(**env), timeout=300)
+
+
+def in_process(arguments: list[str], monkeypatch, capfd, given: bytes | None = None) -> tuple[int, str, str]:
+    """main() here: exit code, standard output, standard error. Saves a start of Python for each case."""
+    monkeypatch.setattr(sys, "argv", ["minigpt", *arguments])
+    monkeypatch.delenv("MINIGPT_DEBUG", raising=False)
+    if given is not None:
+        read, write = os.pipe()
+        os.write(write, given)
+        os.close(write)
+        monkeypatch.setattr(sys, "stdin", open(read, encoding="utf-8"))
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    out, err = capfd.readouterr()
+    return left.value.code or 0, out, err
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory) -> Path:
+    """A random model with the shipped vocabulary, saved: loads at once and talks nonsense."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small")
+    config = GPT2Config.preset("nano", vocab_size=20000, block_size=256, n_layer=2, n_head=2, n_embd=32)
+    GPT2(config).eval().save_pretrained(folder, BPETokenizer.from_pretrained())
+    return folder
+
+
+# ------------------------------------------------------------------ as a process
+
+def test_help_version_and_both_ways_to_start():
+    done = run("--help")
+    assert done.returncode == 0 and not done.stderr
+    for words in ("minigpt chat", "Examples:", "--version"):
+        assert words in done.stdout.decode()
+    script = [sys.executable, "-c", "from minigpt.cli import main; main()"]
+    other = subprocess.run([*script, "--help"], capture_output=True, env=environment())
+    assert other.stdout == done.stdout
+    assert run("--version").stdout.decode().strip() == f"minigpt {minigpt.__version__}"
+    assert b'minigpt chat "What is a whale?"' in run("chat", "--help").stdout
+
+
+def test_an_argument_and_a_pipe_give_the_same_plain_answer():
+    session = ChatSession(seed=4)
+    expected = (session.reply("What is a whale?") + "\n").encode()
+    for done in (run("chat", "What is a whale?", "--seed", "4"),
+                 run("chat", "--seed", "4", given="\ufeffWhat is a whale?\r\n".encode())):
+        assert done.returncode == 0 and not done.stderr
+        assert done.stdout.replace(b"\r\n", b"\n") == expected
+
+
+def test_output_is_utf8_in_any_locale():
+    """A question echoed back in an error line: the same bytes under an old code page."""
+    for env in (dict(PYTHONIOENCODING="latin-1"), dict(LC_ALL="C")):
+        done = run("chat", "hi", "--model", "größe 😀", **env)
+        assert done.returncode == 2 and "größe 😀".encode() in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGPIPE convention")
+def test_a_reader_that_leaves_ends_it_quietly(small_folder):
+    process = subprocess.Popen([*MINIGPT, "chat", "Hello", "--model", str(small_folder), "--seed", "1"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 0 and err == b""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_ctrl_c_ends_a_single_answer_with_130():
+    process = subprocess.Popen([*MINIGPT, "chat", "Tell me a story about a fox.", "--temperature", "0",
+                                "--repetition-penalty", "1", "--max-new-tokens", "900"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    assert process.stdout.read(5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in err
+
+
+# ------------------------------------------------------------------ one rule for all errors
+
+BAD = [
+    (["chat", "Hi", "--temperature", "-1"], "temperature=-1"),
+    (["chat", "Hi", "--top-p", "1.5"], "top_p=1.5"),
+    (["chat", "Hi", "--top-p", "nan"], "top_p=nan"),
+    (["chat", "Hi", "--top-k", "-3"], "top_k=-3"),
+    (["chat", "Hi", "--repetition-penalty", "0"], "repetition_penalty=0"),
+    (["chat", "Hi", "--max-new-tokens", "0"], "max_new_tokens=0"),
+    (["chat", "Hi", "--seed", "one"], "'--seed': "),
+    (["chat", "Hi", "--model", "no-such-model"], "no-such-model"),
+    (["chat", "Hi", "--model", "no-such/hub-name"], "no-such/hub-name"),
+    (["chat", ""], "the message '' is empty"),
+    (["chat", "  "], "is empty"),
+    (["chat", "caf\udce9"], "half a character"),
+    (["chat", "Hi", "--system", "caf\udce9"], "half a character"),
+    (["chat", "--tempo", "1"], "--tempo"),
+    (["sing"], "sing"),
+]
+
+
+@pytest.mark.parametrize("arguments, names", BAD, ids=[" ".join(a).encode("ascii", "replace").decode() for a, _ in BAD])
+def test_bad_input_is_one_line_and_code_2(arguments, names, monkeypatch, capfd):
+    code, out, err = in_process(arguments, monkeypatch, capfd)
+    assert (code, out) == (2, "")
+    assert err.startswith("minigpt: ") and err.count("\n") == 1 and names in err, err
+
+
+@pytest.mark.parametrize("given, names", [
+    (b"", "the message '' is empty"), (b"\n \n", "is empty"), (b"caf\xe9", "byte 0xe9 at position 3"),
+    (b"word " * 5000, "5008 tokens")], ids=["nothing", "blank", "latin-1", "too long"])
+def test_bad_pipes_are_one_line_and_code_2(given, names, monkeypatch, capfd):
+    code, out, err = in_process(["chat"], monkeypatch, capfd, given)
+    assert (code, out) == (2, "")
+    assert err.startswith("minigpt: ") and err.count("\n") == 1 and names in err, err
+
+
+def broken(folder: Path, how: str) -> str:
+    """Break a saved model in one way; what the error must name."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-5000])
+        return "model.safetensors"
+    if how == "empty weights":
+        weights.write_bytes(b"")
+        return "model.safetensors"
+    if how == "no weights":
+        weights.unlink()
+        return folder.name
+    if how == "no config":
+        config.unlink()
+        return "config.json"
+    if how == "config is no json":
+        config.write_text("{", encoding="utf-8")
+        return "config.json"
+    if how == "other vocabulary":
+        BPETokenizer.from_pretrained("gpt2").save_pretrained(folder, overwrite=True)
+        return "50257"
+    (folder / "tokenizer.json").unlink()
+    return "tokenizer"
+
+
+@pytest.mark.parametrize("how", ["truncated weights", "empty weights", "no weights", "no config", "config is no json",
+                                 "other vocabulary", "no tokenizer"])
+def test_broken_model_folders_are_one_line_and_code_2(how, small_folder, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "model folder"
+    folder.mkdir()
+    for file in small_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    names = broken(folder, how)
+    code, out, err = in_process(["chat", "Hi", "--model", str(folder)], monkeypatch, capfd)
+    assert (code, out) == (2, "")
+    assert err.startswith("minigpt: ") and err.count("\n") == 1 and names in err, err
+
+
+def test_debug_shows_where_it_came_from():
+    done = run("chat", "Hi", "--top-p", "7", MINIGPT_DEBUG="1")
+    assert done.returncode != 0 and b"Traceback" in done.stderr and b"top_p=7" in done.stderr
+
+
+def test_options_repeat_the_sessions_defaults():
+    session = inspect.signature(ChatSession).parameters
+    for name, parameter in inspect.signature(cli.chat).parameters.items():
+        if name != "prompt":
+            assert parameter.default.default == session[name].default, name
+
+
+# ------------------------------------------------------------------ pieces
+
+def test_control_characters_are_not_shown():
+    assert cli.printable("a\x1b[2J\x07b\x9b1mc\r\x00d\x7f\n\te 😀 é") == "a[2Jb1mcd\n\te 😀 é"
+
+
+def test_explain_is_one_line():
+    assert cli.explain(ValueError("a\n   b\x1b[0m")) == "a b[0m"
+    assert cli.explain(FileNotFoundError(2, "No such file", "x.json")) == "x.json: No such file"
+    assert cli.explain(OSError("plain")) == "plain" and cli.explain(KeyError()) == "KeyError"
+
+
+def test_ctrl_c_handler_is_put_back():
+    before, calls = signal.getsignal(signal.SIGINT), []
+    with cli.stoppable(lambda: calls.append(1)):
+        assert signal.getsignal(signal.SIGINT) is not before
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before and calls == [1]
+    with pytest.raises(KeyboardInterrupt), cli.stoppable(lambda: None):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_in_another_thread_ctrl_c_is_left_alone():
+    handlers = []
+
+    def work():
+        with cli.stoppable(lambda: None):
+            handlers.append(signal.getsignal(signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert handlers == [before]
+
+
+@pytest.fixture
+def commands(small_folder, tmp_path):
+    """Commands of a session with two exchanges; `.answers` are what the user says to questions."""
+    session = ChatSession(small_folder, seed=1, max_new_tokens=4)
+    session.reply("One")
+    session.reply("Two")
+    answers: list[str] = []
+    commands = cli.Commands(session, lambda question: answers.pop(0))
+    commands.answers = answers
+    return commands
+
+
+def test_commands(commands):
+    session, help = commands._session, commands("/help")
+    for name in ("help", "reset", "undo", "retry", "system", "temp", "save", "load", "quit"):
+        assert f"/{name} " in help
+    assert commands("/temp") == "Temperature: 0.7" and commands("/temp 0.25") == "Temperature: 0.25"
+    for bad in ("hot", "-1", "nan", "inf"):
+        with pytest.raises(ValueError, match=f"temperature '{bad}'"):
+            commands(f"/temp {bad}")
+        assert session.temperature == 0.25
+    assert commands("/system Be kind.") == "System text: Be kind." and session.system == "Be kind."
+    assert commands("/system") == "System text: Be kind."
+    assert commands("/system -") == "System text: none" and session.system is None
+    assert commands("/undo") == "Forgotten: Two" and len(session.exchanges) == 1
+    assert "".join(commands("/retry")) == session.exchanges[0][1]
+    commands("/reset")
+    assert session.messages == []
+    for bad in ("/nope", "/", "/__init__", "/_file x", "/ help"):
+        assert commands(bad).startswith("There is no command /")
+    with pytest.raises(EOFError):
+        commands("/quit")
+
+
+def test_save_and_load_ask_before_anything_is_lost(commands, tmp_path):
+    session, path = commands._session, tmp_path / "my talk.json"
+    assert commands(f"/save {path}") == f"Saved to {path}."
+    old = path.read_bytes()
+    session.reply("Three")
+    commands.answers[:] = ["", "n", "Yes"]
+    assert commands(f"/save {path}") == "Not saved." and path.read_bytes() == old
+    assert commands(f"/save {path}") == "Not saved." and path.read_bytes() == old
+    assert commands(f"/save {path}").startswith("Saved") and path.read_bytes() != old
+    assert commands(f"/load {path}") == "Loaded 3 exchanges."      # all of it is saved: no question
+    session.reply("Four")
+    commands.answers[:] = ["no", "y"]
+    assert commands(f"/load {path}") == "Not loaded." and len(session.exchanges) == 4
+    assert commands(f"/load {path}") == "Loaded 3 exchanges." and len(session.exchanges) == 3
+    for bad in ("/save", "/load"):
+        with pytest.raises(ValueError, match="which file"):
+            commands(bad)
+    with pytest.raises(FileNotFoundError):
+        commands(f"/load {tmp_path / 'none.json'}")
+
+
+def test_messages_of_several_lines():
+    def reading(*lines):
+        waiting = iter(lines)
+        return lambda prompt: next(waiting)
+    assert cli.read_message(reading("one")) == "one"
+    assert cli.read_message(reading('"""a', "", 'b"""')) == "a\n\nb"
+    assert cli.read_message(reading('"""', "a", '"""')) == "a"
+    assert cli.read_message(reading('"""a"""')) == "a"
+
+
+# ------------------------------------------------------------------ through a pseudo-terminal
+
+class Terminal:
+    """`minigpt chat` at the keyboard of a pseudo-terminal."""
+
+    def __init__(self, *arguments: str):
+        import pty
+        self.ours, theirs = pty.openpty()
+        self.process = subprocess.Popen([*MINIGPT, "chat", *arguments], stdin=theirs, stdout=theirs, stderr=theirs,
+                                        env=environment(TERM="dumb"), start_new_session=True, preexec_fn=self._control)
+        os.close(theirs)
+        self.seen = ""
+        self.raw = b""
+
+    @staticmethod
+    def _control():
+        """Make the pseudo-terminal the controlling one, so that Ctrl-C is a signal."""
+        import fcntl
+        import termios
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def type(self, text: str) -> None:
+        os.write(self.ours, text.encode())
+
+    def wait(self, pattern: str, seconds: float = 90) -> str:
+        """What is shown up to and with `pattern`; it is taken away from `seen`."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.seen, re.DOTALL)):
+            left = end - time.monotonic()
+            assert left > 0, f"{pattern!r} did not come; seen: {self.seen!r}"
+            if select.select([self.ours], [], [], left)[0]:
+                try:
+                    data = os.read(self.ours, 4096)
+                except OSError:                        # Linux: the other end is closed
+                    data = b""
+                assert data, f"it ended before {pattern!r}; seen: {self.seen!r}"
+                self.raw += data
+                self.seen += data.decode("utf-8", "replace").replace("\r\n", "\n")
+        out, self.seen = self.seen[:found.end()], self.seen[found.end():]
+        return out
+
+    def leave(self, key: str) -> int:
+        """Press a key at the prompt until the program has left; its exit code.
+
+        (A key that comes at the very moment when the prompt appears may get lost on its way into readline.)
+        """
+        for _ in range(30):
+            self.type(key)
+            end = time.monotonic() + 2
+            while time.monotonic() < end and self.process.poll() is None:
+                if select.select([self.ours], [], [], 0.1)[0]:
+                    try:
+                        os.read(self.ours, 4096)
+                    except OSError:
+                        break
+            if self.process.poll() is not None:
+                break
+        return self.process.wait(10)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.ours)
+
+
+@windows
+def test_a_conversation_at_the_keyboard(tmp_path):
+    path = tmp_path / "talk.json"
+    with Terminal("--temperature", "0") as t:
+        banner = t.wait("you     > ")
+        assert f"minigpt {minigpt.__version__}" in banner and "Ctrl-C" in banner and "/help" in banner
+        t.type("My name is Ada.\n")
+        assert "minigpt > " in t.wait("you     > ")
+        t.type("What is my name?\n")
+        assert "Ada" in t.wait("you     > ")
+        t.type("/temp 9x\n")
+        assert "minigpt: temperature '9x'" in t.wait("you     > ")
+        t.type(f"/save {path}\n")
+        assert "Saved to" in t.wait("you     > ")
+        t.type(f"/save {path}\n")
+        t.wait(r"Overwrite it\? \[y/N\] ")
+        t.type("\n")
+        assert "Not saved." in t.wait("you     > ")
+        t.type("\n/reset\n")
+        assert "Forgotten" in t.wait("Forgotten.*you     > ")
+        t.type(f"/load {path}\n")
+        assert "Loaded 2 exchanges." in t.wait("you     > ")
+        assert t.leave("/quit\n") == 0
+
+
+@windows
+def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path):
+    path = tmp_path / "talk.json"
+    with Terminal("--temperature", "0", "--repetition-penalty", "1", "--max-new-tokens", "900") as t:
+        t.wait("you     > ")
+        t.type("Tell me a story about a fox and a kite.\n")
+        t.wait("minigpt > .{20}")
+        t.type("\x03")                                 # Ctrl-C
+        assert "[stopped]" in t.wait("you     > ")
+        t.type(f"/save {path}\n")                      # it goes on, and what was said is kept
+        t.wait("Saved to.*you     > ")
+        assert '"assistant", "content": "Once' in path.read_text(encoding="utf-8")
+        t.type("What is the capital of France?\n")
+        assert "Paris" in t.wait("you     > ")
+        assert t.leave("\x03") == 0                    # at the prompt: leaves
+
+
+@windows
+def test_ctrl_d_leaves_and_half_characters_are_not_shown(tmp_path):
+    """A model over bytes, taught to answer in emoji, in a terminal: no replacement characters anywhere."""
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer([m.encode() for m in MARKS] + [bytes([b]) for b in range(256)], [],
+                             {m: i for i, m in enumerate(MARKS)})
+    model = GPT2(GPT2Config.preset("nano", vocab_size=259, block_size=96, n_layer=2, n_head=2, n_embd=64))
+    ids = ChatSession(model, tokenizer, max_new_tokens=1).prompt("Hi")
+    row = torch.tensor([ids + tokenizer.encode_ordinary("Grüße 😀👍!") + [2]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        loss = torch.nn.functional.cross_entropy(model(row[:, :-1])[0, len(ids) - 1:], row[0, len(ids):])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "emoji", tokenizer)
+    with Terminal("--model", str(tmp_path / "emoji"), "--temperature", "0", "--repetition-penalty", "1") as t:
+        t.wait("you     > ")
+        t.type("Hi\n")
+        assert "minigpt > Grüße 😀👍!\n" in t.wait("you     > ")
+        assert "\ufffd" not in t.raw.decode("utf-8")
+        assert t.leave("\x04") == 0                    # Ctrl-D

@@ -1,0 +1,433 @@
+"""Chapter 06: likelihood, BLEU and chrF, choices, and text measures against peers and second ways."""
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from minigpt.bpe import BPETokenizer
+from minigpt.data import ChatRenderer, load_chats
+from minigpt.evaluation import (
+    NOT_SAID, NGram, NGramDecoder, Question, Scored, Scores, accuracy_by_group, answer_chats, bits_per_byte, bleu,
+    bootstrap, calibration, choice_accuracy, chrf, credit, distinct, exact_match, load_questions, option_ids,
+    perplexity, read_question, reading_rates, repetition, score_chats, score_ids, score_options, score_rows,
+    score_texts, token_f1, tokenize_13a, windows)
+from minigpt.generation import generate
+from minigpt.gpt2 import GPT2, GPT2Config
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BPETokenizer.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def nano():
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config.preset("nano", vocab_size=300, block_size=32)).eval()
+    for p in model.parameters():  # far from uniform, so that a wrong index would show
+        p.data *= 4
+    return model
+
+
+@pytest.fixture(scope="module")
+def trigram(tokenizer):
+    renderer = ChatRenderer(tokenizer)
+    return NGram(tokenizer.vocab_size).fit(renderer.render(c["messages"]).ids for c in load_chats(limit=300))
+
+
+def documents(lengths, vocab=300, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab) for _ in range(n)] for n in lengths]
+
+
+# ------------------------------------------------------------------ likelihood
+
+@torch.inference_mode()
+def brute_force(model, ids, size, stride):
+    """One forward pass a token, its context cut as the definition of a stride says: the first window holds `size`
+    tokens, each later one ends `stride` further; a token's context begins `size` before the last input's end."""
+    found = []
+    for t in range(1, len(ids)):
+        end = size + 1 if t <= size else size + 1 + math.ceil((t - size) / stride) * stride
+        start = max(0, min(end, len(ids)) - size - 1)
+        logits = model(torch.tensor([ids[start:t]]))[0, -1].double()
+        found.append((logits[ids[t]] - torch.logsumexp(logits, 0)).item())
+    return found
+
+
+@pytest.mark.parametrize("size,stride", [(32, 32), (32, 16), (32, 1), (7, 3), (1, 1)])
+def test_strided_scores_equal_brute_force(nano, ledger, size, stride):
+    worst = 0.0
+    for ids in documents([2, 7, 8, 9, 33, 34, 75]):
+        [scored] = score_ids(nano, [ids], size=size, stride=stride)
+        brute = brute_force(nano, ids, size, stride)
+        assert len(scored.logprob) == len(ids) - 1
+        worst = max(worst, float(np.abs(scored.logprob.double().numpy() - brute).max()))
+    ledger("strided log-probabilities against one pass a token", worst, peer="", bound=1e-4)
+    assert worst < 1e-4
+
+
+def test_scores_do_not_depend_on_the_batch(nano, ledger):
+    docs = documents([2, 40, 5, 100, 33, 3, 64, 17])
+    one = score_ids(nano, docs, batch_tokens=1)
+    worst = 0.0
+    for batch_tokens in (16, 64, 100, 4096):
+        for a, b in zip(one, score_ids(nano, docs, batch_tokens=batch_tokens)):
+            worst = max(worst, (a.logprob - b.logprob).abs().max().item())
+            assert torch.equal(a.correct, b.correct)
+    ledger("log-probabilities: batches of any size against one by one", worst, peer="torch", bound=1e-4)
+    assert worst < 1e-4
+
+
+def test_windows_count_every_token_once_with_enough_context():
+    rng = random.Random(1)
+    for _ in range(300):
+        size = rng.randint(1, 40)
+        n, stride = rng.randint(0, 120), rng.randint(1, size)
+        cuts = list(windows(n, size, stride))
+        assert [t for _, end, first in cuts for t in range(first, end)] == list(range(1, n))
+        for start, end, first in cuts:
+            assert end - start <= size + 1                                       # fits the model
+            assert start == 0 or first - start >= size - stride + 1              # context of the first counted token
+
+
+def test_scores_of_a_row_are_those_of_cross_entropy(nano):
+    ids = documents([30])[0]
+    [scored] = score_rows(nano, [ids])
+    with torch.inference_mode():
+        logits = nano(torch.tensor([ids[:-1]]))[0]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+    assert torch.allclose(-scored.logprob, expected, atol=1e-5)
+    assert torch.equal(scored.correct, logits.argmax(-1) == torch.tensor(ids[1:]))
+    assert torch.allclose(scored.confidence, logits.softmax(-1).max(-1).values, atol=1e-6)
+
+
+def test_perplexity_and_bits_per_byte_of_texts(nano):
+    token_bytes = [bytes([b]) for b in range(256)] + [b"<|endoftext|>"]
+    tokenizer = BPETokenizer(token_bytes, [], {"<|endoftext|>": 256})
+    texts = ["héllo wörld 🦊", "plain", "狐 " * 30]
+    nll, tokens = 0.0, 0
+    for text in texts:
+        raw = [256, *text.encode("utf-8")]
+        nll -= sum(brute_force(nano, raw, 32, 8))
+        tokens += len(raw) - 1
+    assert perplexity(nano, tokenizer, texts, stride=8).value == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+    # one token a byte here, so the two measures are tied: bits per byte = log2(perplexity)
+    assert bits_per_byte(nano, tokenizer, texts, stride=8).value == pytest.approx(nll / tokens / math.log(2), rel=1e-4)
+    assert score_texts(nano, tokenizer, texts).n_bytes == [len(t.encode()) for t in texts]
+
+
+def test_only_the_assistant_counts_in_chats(trigram, tokenizer):
+    renderer = ChatRenderer(tokenizer)
+    chats = load_chats("held", limit=6)
+    scores = score_chats(trigram, renderer, chats)
+    for chat, doc, n in zip(chats, scores.documents, scores.n_bytes):
+        ids, mask = renderer.render(chat["messages"])
+        logits = trigram(torch.tensor([ids[:-1]]))[0]
+        expected = [logits[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]]
+        assert np.allclose(doc.logprob, expected, atol=1e-4)
+        assert n == sum(len(m["content"].encode()) for m in chat["messages"] if m["role"] == "assistant")
+
+
+@pytest.mark.parametrize("call,words", [
+    (lambda m, t: score_rows(m, [[1, 2], [3]]), "row 1 has 1 token"),
+    (lambda m, t: score_rows(m, [[1] * 50]), "row 0 has 50 tokens"),
+    (lambda m, t: score_ids(m, [[1, 2], []]), "document 1 is empty"),
+    (lambda m, t: score_ids(m, [[1] * 9], stride=0), None),
+    (lambda m, t: score_ids(m, [[1] * 9], stride=33), "stride=33"),
+    (lambda m, t: score_texts(m, t, ["a"]), "20000 ids"),
+    (lambda m, t: score_texts(m, t, "a text"), "one str"),
+    (lambda m, t: bootstrap(np.zeros((0, 2)), sum), r"\(0, 2\)"),
+])
+def test_bad_input_is_named(nano, tokenizer, call, words):
+    if words is None:  # 0 means the default
+        assert call(nano, tokenizer)
+        return
+    with pytest.raises(ValueError, match=words):
+        call(nano, tokenizer)
+
+
+# ------------------------------------------------------------------ intervals, calibration
+
+def test_bootstrap_interval_equals_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 200, 60).astype(float)
+    nll = tokens * rng.gamma(4, 0.6, 60)
+    ours = bootstrap(np.stack([nll, tokens], 1), lambda s: math.exp(s[0] / s[1]), samples=6000)
+    theirs = stats.bootstrap((nll, tokens), lambda a, b, axis: np.exp(a.sum(axis) / b.sum(axis)), paired=True,
+                             vectorized=True, method="percentile", n_resamples=6000, random_state=1)
+    width = theirs.confidence_interval.high - theirs.confidence_interval.low
+    assert abs(ours.low - theirs.confidence_interval.low) < 0.05 * width
+    assert abs(ours.high - theirs.confidence_interval.high) < 0.05 * width
+    assert ours.value == pytest.approx(math.exp(nll.sum() / tokens.sum()))
+
+
+def test_bootstrap_interval_covers_the_truth():
+    """95 % intervals of 200 made-up data sets hold the true mean about 95 times in 100."""
+    rng = np.random.default_rng(2)
+    hits = 0
+    for seed in range(200):
+        sample = rng.exponential(3.0, 80)
+        e = bootstrap(np.stack([sample, np.ones(80)], 1), lambda s: s[0] / s[1], samples=300, seed=seed)
+        hits += e.low <= 3.0 <= e.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_calibration_equals_a_plain_loop():
+    rng = np.random.default_rng(3)
+    p = rng.random(500)
+    right = rng.random(500) < p ** 2
+    ours = calibration(torch.tensor(p), torch.tensor(right), bins=7)
+    error = 0.0
+    for b in range(7):
+        inside = [i for i in range(500) if b / 7 <= p[i] < (b + 1) / 7]
+        error += len(inside) / 500 * abs(np.mean(p[inside]) - np.mean(right[inside]))
+        assert ours.accuracy[b] == pytest.approx(np.mean(right[inside]))
+    assert ours.error == pytest.approx(error)
+    assert calibration(torch.ones(3), torch.ones(3)).error == 0       # confidence 1.0 has a bin, too
+
+
+# ------------------------------------------------------------------ BLEU and chrF
+
+VOCABULARY = ("the a cat dog sat on mat is not fish, air. \"well\" it's 3.5 1,000 well-known x-1 5-6 (a) &amp; &quot; é ü "
+              "狐 🦊 <skipped> U.S. e.g. -\n \n \t $5 50% a/b [x] {y} ~ ` ^ _ @ # * + = | \\ ; : ! ? ... 'tis don't 1.000,5"
+              ).split(" ")
+EDGES = [
+    ([""], [[""]]), ([""], [["a b"]]), (["a"], [[""]]), (["a"], [["a"]]), (["a b c"], [["a b c"]]),
+    (["a b c d"], [["a b c d"]]), (["x"], [["a b c d e f"]]), ([".", ","], [["."], ["."]]),
+    (["the the the the the"], [["the cat"]]), (["a b c d e"], [["a b", "a b c d e f g h"]]),
+    (["a b c"], [["a b", "a b c d"]]), (["A B C D"], [["a b c d"]]), (["  a  b  "], [["a b"]]),
+    (["&lt;b&gt; &amp;amp;"], [["<b> &amp;"]]), (["a" * 300], [["a" * 299]]), (["", "a b c d"], [["x"], ["a b c d"]]),
+    (["ｆｕｌｌ　ｗｉｄｔｈ"], [["full width"]]), (["a\u00a0b\u2003c"], [["a b c"]]),
+]
+
+
+def random_case(rng):
+    def sentence(n):
+        return " ".join(rng.choice(VOCABULARY) for _ in range(n))
+
+    hypotheses = [sentence(rng.choice([0, 1, 2, 3, 4, 5, 8, 15])) for _ in range(rng.choice([1, 1, 2, 5]))]
+    several = rng.choice([1, 1, 2, 3])
+    references = []
+    for h in hypotheses:
+        own = []
+        for _ in range(several):
+            words = h.split(" ") if rng.random() < 0.6 else sentence(rng.choice([0, 1, 2, 3, 6, 12])).split(" ")
+            for _ in range(rng.randint(0, 3)):
+                words[rng.randrange(len(words))] = rng.choice(VOCABULARY)
+            if rng.random() < 0.2:
+                rng.shuffle(words)
+            own.append(" ".join(words))
+        references.append(own)
+    return hypotheses, references
+
+
+def test_bleu_and_chrf_equal_sacrebleu(ledger):
+    metrics = pytest.importorskip("sacrebleu.metrics")
+    rng = random.Random(0)
+    cases = EDGES + [random_case(rng) for _ in range(500)]
+    worst = {"bleu": 0.0, "chrf": 0.0}
+    for hypotheses, references in cases:
+        streams = [list(s) for s in zip(*references)]
+        for smoothing in ("exp", "floor", "add-k", "none"):
+            value = rng.choice([None, 0.3]) if smoothing in ("floor", "add-k") else None
+            effective, lower, order = rng.random() < 0.5, rng.random() < 0.3, rng.choice([4, 4, 4, 2, 1, 5])
+            theirs = metrics.BLEU(smooth_method=smoothing, smooth_value=value, effective_order=effective,
+                                  lowercase=lower, max_ngram_order=order).corpus_score(hypotheses, streams)
+            ours = bleu(hypotheses, references, smoothing=smoothing, smooth_value=value, effective_order=effective,
+                        lowercase=lower, max_order=order)
+            worst["bleu"] = max(worst["bleu"], abs(ours.score - theirs.score))
+            assert ours.brevity_penalty == pytest.approx(theirs.bp, abs=1e-12)
+            assert (ours.hypothesis_length, ours.reference_length) == (theirs.sys_len, theirs.ref_len)
+        words, chars, beta = rng.choice([0, 2]), rng.choice([6, 6, 3, 1]), rng.choice([2, 1, 3])
+        theirs = metrics.CHRF(word_order=words, char_order=chars, beta=beta, lowercase=lower)
+        ours = chrf(hypotheses, references, word_order=words, char_order=chars, beta=beta, lowercase=lower)
+        worst["chrf"] = max(worst["chrf"], abs(ours - theirs.corpus_score(hypotheses, streams).score))
+    for name, difference in worst.items():
+        ledger(f"{name} on {len(cases)} random and edge cases", difference, peer="sacrebleu", bound=1e-9)
+        assert difference <= 1e-9, name
+
+
+def test_13a_tokens_equal_sacrebleus():
+    peer = pytest.importorskip("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()
+    rng = random.Random(5)
+    alphabet = [chr(c) for c in range(32, 127)] + list("\n\té狐🦊“”—…0123456789.,.,--&;") + ["&lt;", "<skipped>", "-\n"]
+    for _ in range(500):
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 40)))
+        assert tokenize_13a(text) == peer(text).split(), repr(text)
+
+
+@pytest.mark.parametrize("call,words", [
+    (lambda: bleu("a", ["a"]), "lists of texts"),
+    (lambda: bleu(["a"], "a"), "lists of texts"),
+    (lambda: bleu([], []), "0 hypotheses"),
+    (lambda: bleu(["a", "b"], ["a"]), "2 hypotheses and 1 references"),
+    (lambda: bleu(["a"], [[]]), "hypothesis 0 has no reference"),
+    (lambda: bleu(["a"], ["a"], smoothing="best"), "best"),
+    (lambda: chrf(["a"], []), "1 hypotheses and 0 references"),
+])
+def test_bad_bleu_input_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+# ------------------------------------------------------------------ choices
+
+def test_bundled_sets_are_sound():
+    sets = {name: load_questions(name) for name in ("questions", "goals", "cloze", "pairs")}
+    assert {name: len(items) for name, items in sets.items()} == {"questions": 60, "goals": 40, "cloze": 60, "pairs": 84}
+    for q in sets["questions"]:
+        assert len(q.options) == len(set(q.options)) == 4
+    for q in sets["pairs"]:
+        assert q.options[0] != q.options[1] and q.group
+    for items in (sets["questions"], sets["goals"]):    # the place of the answer gives nothing away
+        counts = np.bincount([q.answer for q in items])
+        assert counts.max() / len(items) < 0.62
+    texts = [q.context + q.options[0] for items in sets.values() for q in items]
+    assert len(set(texts)) == len(texts)
+
+
+def test_options_are_scored_one_by_one(trigram, tokenizer):
+    questions = load_questions("questions", limit=5) + load_questions("pairs", limit=4) + load_questions("cloze", limit=4)
+    for renderer in (None, ChatRenderer(tokenizer)):
+        for q, options in zip(questions, score_options(trigram, tokenizer, questions, renderer=renderer)):
+            for text, scored in zip(q.options, options):
+                ids, begin = option_ids(tokenizer, q.context, text, renderer)
+                logits = trigram(torch.tensor([ids[:-1]]))[0]
+                logprob = sum(logits[t - 1, ids[t]].item() for t in range(begin, len(ids)))
+                greedy = all(logits[t - 1].argmax() == ids[t] for t in range(begin, len(ids)))
+                assert scored.logprob == pytest.approx(logprob, abs=1e-3)
+                assert (scored.tokens, scored.n_bytes, scored.greedy) == (len(ids) - begin, len(text.encode()), greedy)
+            if renderer is None and q.context:   # the border does not change how the whole is cut
+                whole = tokenizer.encode_ordinary(f"{q.context} {q.options[0]}")
+                assert option_ids(tokenizer, q.context, q.options[0])[0][1:] == whole
+
+
+def test_accuracy_counts_and_groups(trigram, tokenizer):
+    pairs = load_questions("pairs")
+    scored = score_options(trigram, tokenizer, pairs)
+    right = [(1 + np.sign(round(options[0].logprob - options[1].logprob, 6))) / 2 for options in scored]
+    assert 0.5 in right    # a trigram ties where the mistake lies outside its window
+    assert choice_accuracy(pairs, scored).value == pytest.approx(np.mean(right))
+    groups = accuracy_by_group(pairs, scored)
+    sizes = [sum(q.group == g for q in pairs) for g in groups]
+    assert sum(e.value * n for e, n in zip(groups.values(), sizes)) == pytest.approx(sum(right))
+    with pytest.raises(ValueError, match="word"):
+        credit(pairs[0], scored[0], by="word")
+
+
+def test_questions_from_a_local_hub_folder(tmp_path):
+    """`load_dataset` of a repository folder with parquet files in ARC's and PIQA's schema, offline."""
+    datasets = pytest.importorskip("datasets")
+    arc = [{"id": "1", "question": "What?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}]
+    piqa = [{"goal": "To fly,", "sol1": "walk", "sol2": "flap", "label": 1}]
+    for name, rows, split in (("arc", arc, "test"), ("piqa", piqa, "validation")):
+        (tmp_path / name / "data").mkdir(parents=True)
+        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / name / "data" / f"{split}-00000-of-00001.parquet"))
+        (tmp_path / name / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: {split}\n"
+            f"    path: data/{split}-*\n---\n", encoding="utf-8")
+        [question] = load_questions(tmp_path / name, split=split)
+        assert question.answer == 1 and question.options[1] in ("y", "flap")
+
+
+@pytest.mark.parametrize("row,words", [
+    ({"question": "?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}, "answerKey 'B'"),
+    ({"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "label -1"),
+    ({"text": "word"}, "fields"), ({"prompt": "x"}, r"\['prompt'\]"),
+])
+def test_bad_questions_are_named(row, words):
+    with pytest.raises(ValueError, match=words):
+        read_question(row, "row 7")
+    with pytest.raises(ValueError, match="row 7"):
+        read_question(row, "row 7")
+
+
+def test_missing_set_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
+        load_questions(tmp_path / "nothing.jsonl")
+
+
+# ------------------------------------------------------------------ the n-gram
+
+def test_ngram_is_a_distribution_and_equals_the_recursion():
+    rows = documents([40, 30], vocab=6, seed=4)
+    model = NGram(6, order=3).fit(rows)
+
+    def probability(history, token):           # Witten & Bell, written as the recursion of the paper
+        after = [r[i] for r in rows for i in range(max(1, len(history)), len(r))
+                 if r[i - len(history):i] == history]
+        shorter = 1 / 6 if not history else probability(history[1:], token)
+        kinds = len(set(after))
+        return (after.count(token) + kinds * shorter) / (len(after) + kinds) if after else shorter
+
+    for history in ([0, 1], [3, 2], [5, 5], [4]):
+        p = model.probabilities(history)
+        assert p.sum() == pytest.approx(1)
+        assert [probability(history, t) for t in range(6)] == pytest.approx(p.tolist())
+    logits = model(torch.tensor([[0, 1], [3, 2]]))
+    assert np.allclose(logits[1, -1].exp(), model.probabilities([3, 2]), atol=1e-6)
+
+
+def test_ngram_generates_as_a_plain_loop(trigram):
+    prompts = [[0, 1, 400], [0, 1], [0, 1, 5, 6, 7]]
+    drawn = generate(trigram, prompts, max_new_tokens=12, temperature=0, stop_ids=[2], decoder=NGramDecoder(trigram))
+    for prompt, generation in zip(prompts, drawn):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 12 and (token := int(trigram.probabilities(ids).argmax())) != 2:
+            ids.append(token)
+        assert generation.ids == ids[len(prompt):]
+
+
+def test_answers_do_not_depend_on_the_batch(tokenizer):
+    torch.manual_seed(3)
+    model = GPT2(GPT2Config.preset("mini", n_layer=1)).eval()
+    renderer = ChatRenderer(tokenizer)
+    asked = [c["messages"][:-1] for c in load_chats("held", limit=7)]
+    together = answer_chats(model, renderer, asked, max_new_tokens=8)
+    assert together == [answer_chats(model, renderer, [a], max_new_tokens=8)[0] for a in asked]
+
+
+# ------------------------------------------------------------------ text measures
+
+SQUAD = [("The Eiffel Tower.", "eiffel tower", 1, 1.0), ("in Paris, France", "Paris", 0, 0.5), ("", "", 1, 1.0),
+         ("", "x", 0, 0.0), ("a cat a cat", "the cat", 0, 2 / 3), ("no!", "yes", 0, 0.0), ("an apple", "Apple", 1, 1.0)]
+
+
+@pytest.mark.parametrize("said,meant,em,f1", SQUAD)
+def test_exact_match_and_f1_by_hand(said, meant, em, f1):
+    assert exact_match(said, meant) == bool(em)
+    assert token_f1(said, meant) == pytest.approx(f1)
+
+
+def test_text_measures_by_brute_force():
+    rng = random.Random(8)
+    texts = [" ".join(rng.choice("abcde") for _ in range(rng.randint(0, 40))) for _ in range(20)]
+    for n in (1, 2, 4):
+        grams = [tuple(w[i:i + n]) for w in (t.split() for t in texts) for i in range(len(w) - n + 1)]
+        assert distinct(texts, n) == pytest.approx(len(set(grams)) / len(grams))
+    for text in texts:
+        words = text.split()
+        grams = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
+        again = sum(g in grams[:i] for i, g in enumerate(grams))
+        assert repetition(text) == pytest.approx(again / len(grams) if grams else 0)
+
+
+def test_reading_rates_by_hand():
+    said = ["Ada", NOT_SAID, "the text does not say", "blue", NOT_SAID]
+    meant = ["Ada.", "red", NOT_SAID, NOT_SAID, "The text does not say."]
+    assert reading_rates(said, meant) == pytest.approx(
+        {"exact_match": 0.5, "f1": 0.5, "rightly_not_said": 2 / 3, "wrongly_not_said": 0.5})
+    assert math.isnan(reading_rates(["a"], ["b"])["rightly_not_said"])
+
+
+def test_scores_subset_and_columns():
+    docs = [Scored(torch.full((n,), -1.0), torch.arange(n) % 2 == 0, torch.ones(n)) for n in (2, 3, 4)]
+    scores = Scores(docs, [4, 5, 6])
+    assert scores.columns().tolist() == [[2, 2, 4, 1], [3, 3, 5, 2], [4, 4, 6, 2]]
+    assert scores.subset([2, 0]).columns().tolist() == [[4, 4, 6, 2], [2, 2, 4, 1]]
+    assert scores.perplexity().value == pytest.approx(math.e)
+    assert Question("c", ("a",)).group == ""

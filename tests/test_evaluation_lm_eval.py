@@ -1,0 +1,161 @@
+"""Chapter 06: the lm-eval adapter, through lm-eval's own command line, against lm-eval's own `hf` model."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from minigpt.bpe import BPETokenizer
+from minigpt.cli_eval import register, register_lm_eval
+from minigpt.evaluation import load_questions
+from minigpt.gpt2 import GPT2, GPT2Config
+from minigpt.lm_eval_adapter import TASKS
+
+pytest.importorskip("lm_eval")
+WRAPPER = ("import sys, typer\nfrom minigpt.cli_eval import register, register_lm_eval\napp = typer.Typer()\n"
+           "register(app)\nregister_lm_eval(app)\napp()")
+ROOT = Path(__file__).resolve().parent.parent
+LM_EVAL = shutil.which("lm_eval", path=str(Path(sys.executable).parent))
+GENERATE = """task: local_generate
+custom_dataset: !function minigpt.lm_eval_adapter.bundled_set
+dataset_kwargs:
+  bundled: cloze
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+generation_kwargs:
+  until: [".", "the"]
+  max_gen_toks: 8
+  do_sample: false
+metric_list:
+  - metric: exact_match
+metadata:
+  version: 1.0
+"""
+ROLLING = """task: local_rolling
+custom_dataset: !function minigpt.lm_eval_adapter.bundled_set
+dataset_kwargs:
+  bundled: goals
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{goal}} {{sol1}} {{sol2}} {{goal}} {{sol2}} {{sol1}} {{goal}} {{sol1}} {{sol2}}"
+metric_list:
+  - metric: bits_per_byte
+  - metric: byte_perplexity
+metadata:
+  version: 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of ours, exported: 24 positions only, so that rolling and truncation need windows."""
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config.preset("mini", n_layer=2, n_embd=64, n_head=4, block_size=24)).eval()
+    for name, p in model.named_parameters():
+        if "wte" not in name:
+            p.data *= 3
+    model.wte.weight.data *= 8
+    folder = tmp_path_factory.mktemp("lm_eval") / "exported"
+    model.save_pretrained(folder, BPETokenizer.from_pretrained())
+    return folder
+
+
+def run_lm_eval(command, model, folder, tasks, out, limit=None):
+    args = [*command, "--model", model, "--model_args", f"pretrained={folder}" + (
+        ",dtype=float32,prefix_token_id=0" if model == "hf" else ""), "--tasks", ",".join(map(str, tasks)), "--device", "cpu",
+        "--batch_size", "4", "--output_path", str(out), "--log_samples", *(["--limit", str(limit)] if limit else [])]
+    run = subprocess.run(args, capture_output=True, text=True, encoding="utf-8", env=os.environ | {
+        "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"})
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = json.loads(next(out.rglob("results_*.json")).read_text(encoding="utf-8"))["results"]
+    samples = {}
+    for path in out.rglob("samples_*.jsonl"):
+        task = path.name.removeprefix("samples_").rsplit("_", 1)[0]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        samples[task] = [row["resps"] for row in sorted(rows, key=lambda row: row["doc_id"])]
+    return results, samples
+
+
+@pytest.fixture(scope="module")
+def both(folder, tmp_path_factory):
+    """Results and answers of all local tasks: ours by the plain command, and lm-eval's hf."""
+    place = tmp_path_factory.mktemp("tasks")
+    (place / "local_generate.yaml").write_text(GENERATE, encoding="utf-8")
+    (place / "local_rolling.yaml").write_text(ROLLING, encoding="utf-8")
+    tasks = [*sorted(TASKS.glob("*.yaml")), *sorted(place.glob("*.yaml"))]
+    return [run_lm_eval(command, model, folder, tasks, tmp_path_factory.mktemp(model), 20)
+            for command, model in (([LM_EVAL], "minigpt"), ([sys.executable, "-c", WRAPPER, "lm-eval"], "hf"))]
+
+
+@pytest.mark.skipif(not LM_EVAL, reason="the lm_eval command is not beside this Python")
+def test_scores_equal_those_of_lm_evals_hf_model(both, ledger):
+    (ours, our_samples), (theirs, their_samples) = both
+    assert set(ours) == set(theirs) and len(ours) == 6
+    worst = 0.0
+    for task, row in theirs.items():
+        for metric, value in row.items():
+            if isinstance(value, float) and "stderr" not in metric:
+                worst = max(worst, abs(ours[task][metric] - value) / max(1.0, abs(value)))
+    worst_logprob = 0.0
+    for task in our_samples:
+        for a, b in zip(our_samples[task], their_samples[task], strict=True):
+            for x, y in zip(a, b, strict=True):
+                if task == "local_generate":
+                    assert x == y                                                # the texts
+                    continue
+                x, y = ((v[0] if isinstance(v[0], list) else [v[0], ""]) for v in (x, y))
+                assert x[1] == y[1], task                                        # would greedy say it?
+                worst_logprob = max(worst_logprob, abs(float(x[0]) - float(y[0])))
+    ledger("lm-eval scores of the adapter against --model hf", worst, peer="lm_eval", bound=1e-5)
+    ledger("lm-eval log-likelihoods (nats) of the adapter against --model hf", worst_logprob, peer="lm_eval", bound=1e-2)
+    assert worst < 1e-5
+    assert worst_logprob < 1e-2
+
+
+@pytest.mark.skipif(not LM_EVAL, reason="the lm_eval command is not beside this Python")
+def test_the_tasks_are_not_trivial(both):
+    """The comparison would pass on equal nonsense: answers differ between items, texts are generated."""
+    (results, samples), _ = both
+    assert len({json.dumps(s) for s in samples["local_generate"]}) > 5
+    assert len({json.dumps(s) for s in samples["minigpt_questions"]}) == 20
+    assert len(load_questions("pairs")) > 20 and 0 < results["minigpt_pairs"]["acc,none"] < 1
+
+
+def test_minigpt_lm_eval_knows_the_model(folder, tmp_path):
+    """`minigpt lm-eval` signs the model in, so that a task which knows nothing of minigpt can be run."""
+    (tmp_path / "tasks").mkdir()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"q": f"{a} + {b} =", "o": [str(a + b), "cat"], "a": 0})
+                              for a in range(3) for b in range(3)), encoding="utf-8")
+    (tmp_path / "tasks" / "sums.yaml").write_text(
+        "task: local_sums\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{json.dumps(str(rows))}\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{{{q}}}}'\n"
+        "doc_to_target: a\ndoc_to_choice: '{{o}}'\nmetric_list:\n  - metric: acc\nmetadata:\n  version: 1.0\n",
+        encoding="utf-8")
+    app = typer.Typer()
+    register(app)
+    register_lm_eval(app)
+    run = CliRunner().invoke(app, [
+        "lm-eval", "--include_path", str(tmp_path / "tasks"), "--model", "minigpt", "--model_args",
+        f"pretrained={folder}", "--tasks", "local_sums", "--output_path", str(tmp_path / "out")])
+    assert run.exit_code == 0, run.output
+    path = next((tmp_path / "out").rglob("results_*.json"))
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    assert 0 <= results["local_sums"]["acc,none"] <= 1
+
+
+def test_signing_in_leaves_lm_evals_own_models_alone():
+    """In a fresh process: lm-eval skips its own list of models when the registry is not empty."""
+    code = ("from minigpt.lm_eval_adapter import MiniGPTLM, sign_in\nfrom lm_eval.api.registry import get_model\n"
+            "assert sign_in() and sign_in() and get_model('minigpt') is MiniGPTLM\n"
+            "assert get_model('dummy').__name__ == 'DummyLM'")
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

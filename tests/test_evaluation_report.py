@@ -1,0 +1,249 @@
+"""Chapter 06: suites, reports, comparison of models, and the command `minigpt eval`."""
+import html.parser
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from minigpt.bpe import BPETokenizer
+from minigpt.cli_eval import free_folder, register
+from minigpt.data import ChatRenderer, load_chats
+from minigpt.evaluation import NOT_SAID, bleu, score_chats, token_f1
+from minigpt.gpt2 import GPT2, GPT2Config
+from minigpt.report import (
+    SUITES, PlainRenderer, Suite, answers_part, by_kind, compare, open_model, renderer_for, report_html,
+    report_rows, report_table, run_suite, spread, write_report)
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Suite(chats=12, answers=8, questions=8, max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    found = []
+    for name in ("untrained", "ngram"):
+        model, tokenizer = open_model(name)
+        found.append(run_suite(model, tokenizer, name=name, suite=TINY))
+    return found
+
+
+def strict(reports):
+    """As json with no NaN in it, which is what other programs read."""
+    return json.loads(json.dumps(reports))
+
+
+# ------------------------------------------------------------------ the suite
+
+def test_report_numbers_are_those_of_the_parts(reports):
+    model, tokenizer = open_model("ngram")
+    chats = load_chats("held", limit=12)
+    scores = score_chats(model, ChatRenderer(tokenizer), chats)
+    held = reports[1]["held"]
+    assert held["all"]["perplexity"] == pytest.approx(list(scores.perplexity()))
+    assert held["all"]["bits_per_byte"] == pytest.approx(list(scores.bits_per_byte()))
+    nll, tokens, n_bytes, right = np.array(held["rows"]).sum(0)
+    assert held["all"]["perplexity"][0] == pytest.approx(math.exp(nll / tokens))
+    assert held["all"]["bits_per_byte"][0] == pytest.approx(nll / math.log(2) / n_bytes)
+    assert n_bytes == sum(len(m["content"].encode()) for c in chats for m in c["messages"] if m["role"] == "assistant")
+    assert sum(k["documents"] for k in held["kinds"].values()) == held["all"]["documents"] == 12
+    rows = reports[1]["answers"]["rows"]
+    assert reports[1]["answers"]["all"]["bleu"][0] == bleu([r["said"] for r in rows], [r["meant"] for r in rows]).score
+    assert reports[1]["answers"]["all"]["f1"][0] == pytest.approx(np.mean([token_f1(r["said"], r["meant"]) for r in rows]))
+
+
+def test_reading_rows_are_those_of_kind_context():
+    chats = [{"messages": [{"role": "user", "content": "Context: x\n\nQuestion: y"},
+                           {"role": "assistant", "content": a}], "kind": "context"} for a in ("Ada", NOT_SAID, NOT_SAID)]
+    chats.append({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "kind": "talk"})
+    part = answers_part(chats, ["Ada.", NOT_SAID, "Ben", NOT_SAID], by_kind(chats, least=1))
+    assert part["reading"] == {"exact_match": 1, "f1": 1, "rightly_not_said": 0.5, "wrongly_not_said": 0}
+
+
+def test_an_untrained_model_is_at_the_bottom(reports):
+    assert 0.8 < reports[0]["held"]["all"]["perplexity"][0] / 20000 < 1.3
+    assert reports[1]["held"]["all"]["perplexity"][0] < 2000
+    assert compare(*reports)["bits per byte"].high < 0
+
+
+def test_a_model_without_chat_tokens_is_measured_in_plain_text():
+    tokenizer = BPETokenizer.from_pretrained("gpt2")
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=16, block_size=256)).eval()
+    report = run_suite(model, tokenizer, suite=Suite(4, 2, 2, 4))
+    assert isinstance(renderer_for(tokenizer), PlainRenderer)
+    assert 0.5 < report["held"]["all"]["perplexity"][0] / 50257 < 2
+    chat = load_chats("held", limit=1)[0]["messages"]
+    ids, mask = PlainRenderer(tokenizer).render(chat)
+    spoken = tokenizer.decode([i for i, m in zip(ids, mask) if m])
+    assert spoken == "".join(" " + " ".join(m["content"].split()) + "\n" for m in chat if m["role"] == "assistant")
+    assert tokenizer.decode(PlainRenderer(tokenizer).prompt(chat[:-1])).endswith("\nAnswer:")
+
+
+def test_long_conversations_do_not_break_the_suite():
+    """Longer than the model reads: scored by windows, asked with the oldest exchanges left out."""
+    model, tokenizer = open_model("untrained")
+    long = [{"role": r, "content": f"{word} " * 300} for word in ("fox", "kite", "bee") for r in ("user", "assistant")]
+    report = run_suite(model, tokenizer, suite=Suite(1, 1, 1, 3), chats=[{"messages": long}])
+    assert report["held"]["all"]["tokens"] == sum(
+        len(tokenizer.encode_ordinary((f"{word} " * 300).strip())) + 1 for word in ("fox", "kite", "bee"))
+
+
+@pytest.mark.parametrize("call,words", [
+    (dict(suite="best"), "suite='best'"), (dict(chats=[]), "nothing to"),
+    (dict(chats=[{"messages": [{"role": "user", "content": "x"}]}]), "nothing to")])
+def test_bad_suites_are_named(call, words):
+    model, tokenizer = open_model("untrained")
+    with pytest.raises(ValueError, match=words):
+        run_suite(model, tokenizer, **call)
+
+
+def test_spread_keeps_order_and_ends():
+    items = list(range(84))
+    for limit in (1, 7, 24, 40, 83):
+        taken = spread(items, limit)
+        assert len(set(taken)) == limit and taken == sorted(taken) and taken[0] == 0
+        assert max(np.diff(taken, append=84)) <= math.ceil(84 / limit)
+
+
+# ------------------------------------------------------------------ comparison
+
+def test_paired_difference_is_the_difference(reports):
+    a, b = reports
+    gains = compare(a, b)
+    assert gains["bits per byte"].value == pytest.approx(b["held"]["all"]["bits_per_byte"][0]
+                                                         - a["held"]["all"]["bits_per_byte"][0])
+    assert gains["answers: F1"].value == pytest.approx(b["answers"]["all"]["f1"][0] - a["answers"]["all"]["f1"][0])
+    back = compare(b, a)
+    assert all(back[k].value == pytest.approx(-gains[k].value) for k in gains)
+
+
+def test_other_documents_are_not_compared(reports):
+    other = strict(reports[0])
+    other["held"]["rows"] = other["held"]["rows"][:-1]
+    with pytest.raises(ValueError, match="different documents"):
+        compare(reports[1], other)
+
+
+# ------------------------------------------------------------------ what is written
+
+class Tags(html.parser.HTMLParser):
+    """All tags of a page, and whether each is closed."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.seen, self.links = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href")]
+        if tag not in ("meta", "img", "html"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "html":
+            assert self.open.pop() == tag
+
+
+def test_html_needs_nothing_else_and_escapes_what_models_say(reports):
+    evil = strict(reports)
+    evil[0]["name"] = "<i>evil</i>"
+    evil[0]["answers"]["rows"][0]["said"] = "<script>alert(1)</script><img src=http://x>"
+    tags = Tags(report_html(evil))
+    assert tags.open == [] and "script" not in tags.seen and "i" not in tags.seen
+    assert tags.seen.count("img") == 1 and all(link.startswith("data:image/png;base64,") for link in tags.links)
+
+
+def test_files_are_whole_and_not_overwritten(reports, tmp_path):
+    write_report(reports, tmp_path / "r")
+    text = (tmp_path / "r" / "report.json").read_text(encoding="utf-8")
+    assert "NaN" not in text
+    assert report_table(json.loads(text)) == report_table(reports)
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["report.html", "report.json"]
+    with pytest.raises(FileExistsError, match="report.json"):
+        write_report(reports, tmp_path / "r")
+    write_report(reports[:1], tmp_path / "r", overwrite=True)
+    assert len(json.loads((tmp_path / "r" / "report.json").read_text(encoding="utf-8"))) == 1
+
+
+def test_every_measure_is_in_the_table(reports):
+    rows = report_rows(reports[1])
+    for measure in ("perplexity", "  bits per byte: context", "token accuracy", "calibration error", "answers: BLEU",
+                    "answers: chrF", "answers: F1", "answers: exact match", "answers: repetition", "answers: distinct-2",
+                    "reading: rightly not said", "questions (byte)", "cloze, first guess", "minimal pairs"):
+        assert measure in rows
+    lines = report_table(reports).splitlines()
+    column = lines[0].index("ngram")
+    assert all(len(line) <= column or line[column - 1] == " " != line[column] for line in lines)
+
+
+# ------------------------------------------------------------------ the command
+
+def app():
+    app = typer.Typer()
+    register(app)
+    app.callback()(lambda: None)
+    return app
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "few.jsonl"
+    path.write_text("\n".join(json.dumps(c) for c in load_chats("held", limit=4)), encoding="utf-8")
+    return path
+
+
+def test_eval_writes_a_report_and_compares(few, tmp_path):
+    run = CliRunner().invoke(app(), ["eval", "ngram", "--against", "untrained", "--data", str(few), "--quiet",
+                                     "--out", str(tmp_path / "out")])
+    assert run.exit_code == 0, run.output
+    assert "ngram minus untrained" in run.stdout and "bits per byte" in run.stdout
+    saved = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert [r["name"] for r in saved] == ["ngram", "untrained"] and saved[0]["suite"] == "quick"
+    again = CliRunner().invoke(app(), ["eval", "ngram", "--out", str(tmp_path / "out")])
+    assert again.exit_code == 2 and "report.json" in again.output
+
+
+@pytest.mark.parametrize("args,words", [
+    (["eval", "no/such-model"], "no/such-model"), (["eval", "--suite", "huge"], "huge"),
+    (["eval", "ngram", "--data", "none.jsonl"], "none.jsonl"), (["eval", "ngram", "--against", "./nowhere"], "nowhere")])
+def test_bad_arguments_end_in_one_line_and_2(args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(app(), args)
+    assert run.exit_code == 2 and "Traceback" not in run.output and words in run.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_are_counted_up(tmp_path):
+    assert free_folder(tmp_path).name == "eval-001"
+    (tmp_path / "eval-001").mkdir()
+    assert free_folder(tmp_path).name == "eval-002"
+
+
+def test_adding_the_command_imports_nothing_heavy():
+    code = ("import sys, typer\nfrom minigpt.cli_eval import register, register_lm_eval\na = typer.Typer()\n"
+            "register(a)\nregister_lm_eval(a)\n"
+            "print([m for m in ('torch', 'numpy', 'matplotlib', 'datasets', 'gradio', 'lm_eval') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert out.stdout.strip() == "[]"
+
+
+def test_modules_import_no_gradio_datasets_or_matplotlib():
+    code = ("import sys, minigpt.evaluation, minigpt.report, minigpt.vote_ui\n"
+            "print([m for m in ('matplotlib', 'datasets', 'gradio', 'ipywidgets', 'lm_eval') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert out.stdout.strip() == "[]"
+
+
+def test_quick_is_smaller_than_full():
+    assert SUITES["full"].chats is None and SUITES["quick"].chats < len(load_chats("held"))

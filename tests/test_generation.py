@@ -1,0 +1,534 @@
+"""Chapter 05: processors, the loop, batches, streaming; against transformers and against slow, obvious versions."""
+import copy
+import random
+import threading
+
+import pytest
+import torch
+import torch.nn as nn
+
+from minigpt import generation as g
+from minigpt.bpe import BPETokenizer
+from minigpt.data import ChatRenderer, load_chats
+from minigpt.gpt2 import GPT2, GPT2Config
+
+transformers = pytest.importorskip("transformers")
+INF = float("inf")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GPT2.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BPETokenizer.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def hf(model, tmp_path_factory):
+    """The shipped model, saved by us and loaded by transformers."""
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    model.save_pretrained(folder)
+    return transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    """50 prompts of unequal length: questions of the held-out set as a chat, and beginnings of answers as plain text."""
+    renderer, found = ChatRenderer(tokenizer), []
+    for chat in load_chats("held"):
+        question, answer = (m["content"] for m in chat["messages"][:2])
+        ids = renderer.prompt([{"role": "user", "content": question}])
+        if len(ids) < 30:
+            found += [ids, tokenizer.encode_ordinary(answer)[:9]]
+        if len(found) >= 50:
+            return found[:50]
+    raise AssertionError("the held-out sample is too small")
+
+
+def tiny(seed=0, spread=6.0, **changes):
+    """A small random model whose next-token distributions are far from flat."""
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=50, block_size=32, n_layer=2, n_head=2, n_embd=16, bos_token_id=0, eos_token_id=0) | changes
+    model = GPT2(GPT2Config(**shape)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        model.wte.weight.mul_(spread)
+    return model
+
+
+def as_hf(model, folder):
+    model.save_pretrained(folder)
+    return transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+def hf_generate(hf, ids, **options):
+    x = torch.tensor([ids])
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True} | options
+    return hf.generate(x, attention_mask=torch.ones_like(x), **options)
+
+
+def new_tokens(row, prompt, stop=()):
+    """The new tokens of a row of transformers' output, without the stop token and what follows it."""
+    new = row[len(prompt):].tolist()
+    ends = [i for i, token in enumerate(new) if token in stop]
+    return new[:ends[0]] if ends else new
+
+
+# ------------------------------------------------------------------ processors
+
+def pairs():
+    t = transformers
+    bad = [[3], [7, 8], [5, 6, 7]]
+    return [
+        (g.Temperature(0.7), t.TemperatureLogitsWarper(0.7)),
+        (g.Temperature(3.0), t.TemperatureLogitsWarper(3.0)),
+        (g.TopK(1), t.TopKLogitsWarper(1)), (g.TopK(40), t.TopKLogitsWarper(40)),
+        (g.TopK(10**6), t.TopKLogitsWarper(10**6)),
+        (g.TopP(0.1), t.TopPLogitsWarper(0.1)), (g.TopP(0.9), t.TopPLogitsWarper(0.9)),
+        (g.TopP(0.999), t.TopPLogitsWarper(0.999)), (g.TopP(1.0), t.TopPLogitsWarper(1.0)),
+        (g.MinP(0.05), t.MinPLogitsWarper(0.05)), (g.MinP(1.0), t.MinPLogitsWarper(1.0)),
+        (g.Typical(0.2), t.TypicalLogitsWarper(0.2)), (g.Typical(0.95), t.TypicalLogitsWarper(0.95)),
+        (g.RepetitionPenalty(1.3), t.RepetitionPenaltyLogitsProcessor(1.3)),
+        (g.RepetitionPenalty(0.8), t.RepetitionPenaltyLogitsProcessor(0.8)),
+        (g.RepetitionPenalty(1.3, prompt=False),
+         t.RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=18)),
+        (g.NoRepeatNGram(1), t.NoRepeatNGramLogitsProcessor(1)),
+        (g.NoRepeatNGram(2), t.NoRepeatNGramLogitsProcessor(2)),
+        (g.NoRepeatNGram(3), t.NoRepeatNGramLogitsProcessor(3)),
+        (g.NoRepeatNGram(40), t.NoRepeatNGramLogitsProcessor(40)),
+        (g.BannedTokens([1, 5, 5]), t.SuppressTokensLogitsProcessor([1, 5], device="cpu")),
+        (g.BannedWords(bad), t.NoBadWordsLogitsProcessor(bad, eos_token_id=2)),
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(pairs())))
+def test_processor_equals_transformers(case, ledger):
+    worst = 0.0
+    for seed, (V, scale) in enumerate([(12, 1), (300, 2), (5000, 3)]):
+        ours, theirs = pairs()[case]  # theirs keep what they saw first
+        torch.manual_seed(seed)
+        logits = torch.randn(6, V) * scale
+        ids = torch.randint(0, min(V, 9), (6, 24))  # few ids, so that sequences come again
+        before = logits.clone()
+        got, want = ours(ids.tolist(), logits, 6), theirs(ids, logits.clone())
+        assert torch.equal(logits, before), "the argument was changed"
+        assert torch.equal(got == -INF, want == -INF)
+        kept = want > -INF
+        worst = max(worst, float((got[kept] - want[kept]).abs().max()) if kept.any() else 0.0)
+    ledger(f"processor {type(ours).__name__}: logits", worst, peer="transformers", bound=1e-5)
+    assert worst <= 1e-5
+
+
+def test_forced_tokens_equal_transformers():
+    logits, ids = torch.randn(3, 20), torch.randint(0, 20, (3, 1))
+    bos = transformers.ForcedBOSTokenLogitsProcessor(7)
+    assert torch.equal(g.ForcedTokens([7])(ids.tolist(), logits, 0), bos(ids, logits.clone()))
+    eos = transformers.ForcedEOSTokenLogitsProcessor(6, 9)
+    longer = torch.randint(0, 20, (3, 5))
+    assert torch.equal(g.ForcedTokens([0, 1, 2, 3, 9])(longer.tolist(), logits, 4), eos(longer, logits.clone()))
+    assert torch.equal(g.ForcedTokens([7])(longer.tolist(), logits, 1), logits)
+
+
+def test_presence_and_frequency_by_hand():
+    """transformers has no such processors; OpenAI's formula: logit - frequency * count - presence * (count > 0)."""
+    torch.manual_seed(0)
+    logits, ids = torch.randn(4, 9), torch.randint(0, 9, (4, 12)).tolist()
+    for step in (0, 1, 7, 12):
+        want = logits.clone()
+        for b, row in enumerate(ids):
+            for token in row[len(row) - step:]:
+                want[b, token] -= 0.3
+            for token in set(row[len(row) - step:]):
+                want[b, token] -= 0.9
+        got = g.PresencePenalty(0.9)(ids, g.FrequencyPenalty(0.3)(ids, logits, step), step)
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_order_equals_transformers_chain(hf, model, prompts):
+    """All options at once: the processed scores of transformers' own loop, given its raw logits."""
+    out = hf_generate(hf, prompts[0], do_sample=True, max_new_tokens=3, temperature=0.8, top_k=60, top_p=0.9, min_p=0.01,
+                      typical_p=0.9, repetition_penalty=1.2, no_repeat_ngram_size=2, bad_words_ids=[[30], [11, 12]],
+                      output_scores=True, output_logits=True)
+    options = g.Options(temperature=0.8, top_k=60, top_p=0.9, min_p=0.01, typical_p=0.9, repetition_penalty=1.2,
+                        no_repeat_ngram_size=2, banned_words=[[30], [11, 12]])
+    for step, (raw, want) in enumerate(zip(out.logits, out.scores)):
+        ids = [out.sequences[0, :len(prompts[0]) + step].tolist()]
+        got = g.apply(g.chain(options), ids, raw, step)
+        assert torch.equal(got == -INF, want == -INF)
+        assert torch.allclose(got[got > -INF], want[want > -INF], atol=1e-4)
+
+
+def test_greedy_ignores_what_only_sampling_needs():
+    names = [type(p).__name__ for p in g.chain(g.Options(temperature=0, top_k=5, top_p=0.5, repetition_penalty=1.1))]
+    assert names == ["RepetitionPenalty"]
+
+
+# ------------------------------------------------------------------ the lean decoder
+
+class Doubled(nn.Module):
+    """Stands in for LoRA: a module in the place of an nn.Linear that does more."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.extra = linear, nn.Linear(linear.in_features, linear.out_features)
+
+    def forward(self, x):
+        return self.linear(x) + self.extra(x)
+
+
+@pytest.mark.parametrize("weights", ["live", "fast"])
+@pytest.mark.parametrize("change", ["plain", "gelu", "wrapped", "hook"])
+def test_decoder_equals_forward(weights, change, ledger):
+    model = tiny(n_layer=3, n_head=4, n_embd=64, vocab_size=90,
+                 activation="gelu" if change == "gelu" else "gelu_new")
+    if change == "wrapped":
+        torch.manual_seed(1)
+        model.blocks[1].mlp.c_fc = Doubled(model.blocks[1].mlp.c_fc)
+        model.blocks[0].attn.c_attn = Doubled(model.blocks[0].attn.c_attn)
+    if change == "hook":
+        model.blocks[2].mlp.c_proj.register_forward_hook(lambda module, args, out: out * 0.5)
+    decoder, worst = g.Decoder(model, weights), 0.0
+    rows = [[3, 1, 4, 1, 5], [9, 2], [6]]
+    with torch.no_grad():
+        got = decoder.start(rows, room=8)[:, 0]
+        for fed in ([[7], [8], [9]], [[1, 2, 3], [4, 5, 6], [7, 8, 9]], [[0], [0], [0]]):
+            want = torch.stack([model(torch.tensor([row]))[0, -1] for row in rows])
+            worst = max(worst, float((got - want).abs().max()))
+            got = decoder.feed(fed)[:, -1]
+            rows = [row + new for row, new in zip(rows, fed)]
+    ledger(f"lean decoder ({weights} weights) = GPT2.forward: logits", worst, bound=1e-4)
+    assert worst < 1e-4
+
+
+def test_decoder_of_the_shipped_model(model, prompts, ledger):
+    worst, decoder = 0.0, g.Decoder(model)
+    with torch.no_grad():
+        for ids in prompts[:8:2]:
+            decoder.start([ids[:-2]], 2)
+            got = torch.cat([decoder.feed([[token]]) for token in ids[-2:]], 1)
+            worst = max(worst, float((got - model(torch.tensor([ids]))[:, -2:]).abs().max()))
+    ledger("lean decoder = GPT2.forward, shipped model: logits", worst, bound=1e-3)
+    assert worst < 1e-3
+
+
+def test_bfloat16_and_int8_stay_near():
+    model = tiny(n_embd=64, vocab_size=90)
+    want = model(torch.tensor([[3, 1, 4, 1]]))[0, -1]
+    half = g.Decoder(copy.deepcopy(model).bfloat16()).start([[3, 1, 4, 1]])[0, -1].float()
+    int8 = g.Decoder(model, "int8").start([[3, 1, 4, 1]])[0, -1]
+    for got, bound in ((half, 0.03), (int8, 0.06)):
+        assert 0 < (got - want).norm() / want.norm() < bound
+
+
+def test_live_weights_are_live_and_fast_ones_a_snapshot():
+    model = tiny()
+    live, fast = g.Decoder(model, "live"), g.Decoder(model)
+    before = [d.start([[1, 2]])[0, 0].clone() for d in (live, fast)]
+    with torch.no_grad():
+        model.blocks[0].mlp.c_fc.weight.mul_(2)
+    live.ids = fast.ids = []
+    fast.feed([[3]]), fast.start([[4, 4]])  # makes every layout from what it holds
+    after = [d.start([[1, 2]])[0, 0] for d in (live, fast)]
+    assert not torch.allclose(before[0], after[0], atol=1e-3)
+    assert torch.allclose(after[0], model(torch.tensor([[1, 2]]))[0, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, shared", [([0, 1, 2, 3], 0), ([3, 3, 1, 0], 2), ([1, 0], 0), ([2, 2, 2, 2, 0, 1], 0)])
+def test_cache_rows_follow(rows, shared):
+    model = tiny()
+    decoder = g.Decoder(model)
+    common = [5, 6][:shared]
+    texts = [common + [i, i + 1, i + 2][:3] for i in range(4)]
+    decoder.start(texts, room=4)
+    fed = [[10 + i] for i in range(len(rows))]
+    got = decoder.feed(fed, rows, shared=shared)[:, -1]
+    for logits, row, new in zip(got, rows, fed):
+        assert torch.allclose(logits, model(torch.tensor([texts[row] + new]))[0, -1], atol=1e-4)
+
+
+def test_conversation_reads_only_what_is_new():
+    model, reads = tiny(), []
+    decoder = g.Decoder(model, "live")
+    model.blocks[0].attn.c_attn.register_forward_hook(lambda module, args, out: reads.append(args[0].shape[1]))
+    first = g.generate(model, [1, 2, 3, 4], max_new_tokens=3, temperature=0, decoder=decoder)
+    reads.clear()
+    follow_up = [1, 2, 3, 4, *first.ids, 9, 8]
+    second = g.generate(model, follow_up, max_new_tokens=3, temperature=0, decoder=decoder)
+    assert reads[0] == 3  # the last drawn token was never read, and two are new
+    assert second.ids == g.generate(model, follow_up, max_new_tokens=3, temperature=0).ids
+    reads.clear()
+    g.generate(model, follow_up, max_new_tokens=1, temperature=0, decoder=decoder)
+    assert reads == [1]  # the same prompt again: its last token alone
+    elsewhere = [1, 2, 7, 7]
+    third = g.generate(model, elsewhere, max_new_tokens=3, temperature=0, decoder=decoder)
+    assert third.ids == g.generate(model, elsewhere, max_new_tokens=3, temperature=0).ids
+
+
+def test_reuse_after_an_abandoned_stream():
+    model = tiny()
+    decoder = g.Decoder(model)
+    tokens = g.stream(model, [1, 2, 3], temperature=0, max_new_tokens=8, decoder=decoder)
+    next(tokens), next(tokens)
+    tokens.pairs.close()
+    again = g.generate(model, [1, 2, 3], temperature=0, max_new_tokens=8, decoder=decoder)
+    assert again.ids == g.generate(model, [1, 2, 3], temperature=0, max_new_tokens=8).ids
+
+
+def test_no_mode_leaks_out_of_a_stream():
+    tokens = g.stream(tiny(), [1], max_new_tokens=3)
+    next(tokens)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    model = tiny()
+    g.generate(model, [1, 2], max_new_tokens=3)
+    model(torch.tensor([[1, 2]])).sum().backward()
+    assert model.wpe.weight.grad is not None
+
+
+# ------------------------------------------------------------------ greedy and sampling
+
+def test_greedy_equals_transformers_on_50_prompts(model, hf, prompts, ledger):
+    decoder, stop, wrong = g.Decoder(model), (0, 1, 2), 0
+    for ids in prompts:
+        out = hf_generate(hf, ids, max_new_tokens=6, eos_token_id=list(stop))
+        ours = g.generate(model, ids, max_new_tokens=6, temperature=0, stop_ids=stop, decoder=decoder)
+        wrong += ours.ids != new_tokens(out.sequences[0], ids, stop)
+    ledger("greedy decoding, 50 prompts: prompts with other tokens", wrong, peer="transformers", bound=0)
+    assert wrong == 0
+
+
+def test_logprobs_equal_transformers(model, hf, prompts):
+    ids = prompts[2]
+    out = hf_generate(hf, ids, max_new_tokens=6, output_logits=True)
+    want = hf.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)[0]
+    got = g.generate(model, ids, max_new_tokens=6, temperature=0).logprobs
+    assert torch.allclose(torch.tensor(got), want, atol=1e-4)
+
+
+def test_draws_follow_the_distribution():
+    model, counts = tiny(vocab_size=6, spread=8.0), torch.zeros(6)
+    p = g.apply(g.chain(g.Options(temperature=1.5, top_k=4)), [[1]], model(torch.tensor([[1]]))[:, -1].detach(), 0)
+    p = p.softmax(-1)[0]
+    for text in g.generate(model, [[1]] * 3000, temperature=1.5, top_k=4, max_new_tokens=1, seed=0):
+        counts[text.ids[0]] += 1
+    seen = p > 0
+    assert counts[~seen].sum() == 0 and seen.sum() == 4
+    chi2 = ((counts - 3000 * p)[seen] ** 2 / (3000 * p[seen])).sum()
+    assert chi2 < 16.27  # 3 degrees of freedom, one in a thousand
+
+
+def test_pick_never_takes_a_forbidden_token():
+    class Edge(random.Random):
+        def __init__(self, value):
+            super().__init__(0)
+            self.value = value
+
+        def random(self):
+            return self.value
+
+    logits = torch.tensor([[-INF, 0.0, -INF, 0.0, -INF]])
+    assert g.pick(logits, [Edge(0.0)]) == [1]
+    assert g.pick(logits, [Edge(0.5)]) == [3]
+    assert g.pick(logits, [Edge(1 - 2**-53)]) == [3]
+    with pytest.raises(ValueError, match="no token is left"):
+        g.pick(torch.full((1, 5), -INF), [Edge(0.3)])
+    with pytest.raises(ValueError, match="no token is left"):
+        g.generate(tiny(), [1], temperature=0, banned_ids=range(50), max_new_tokens=5)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.95}])
+def test_batch_equals_one_by_one(model, prompts, options, ledger):
+    rows = prompts[:6] + [prompts[0]]
+    together = g.generate(model, rows, max_new_tokens=10, stop_ids=[0, 1, 2], seed=7, **options)
+    wrong = 0
+    for i, (ids, got) in enumerate(zip(rows, together)):
+        alone = g.generate(model, ids, max_new_tokens=10, stop_ids=[0, 1, 2], seed=7 + i, **options)
+        wrong += got.ids != alone.ids or got.finish_reason != alone.finish_reason
+        assert torch.allclose(torch.tensor(got.logprobs), torch.tensor(alone.logprobs), atol=1e-3)
+    ledger(f"a batch of unequal prompts = one by one ({options}): rows with other tokens", wrong, bound=0)
+    assert wrong == 0
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    model, options = tiny(), dict(max_new_tokens=12, stop_ids=[3, 7], temperature=1.3)
+    one = g.generate(model, [[1, 2], [5], [9, 9, 9]], seed=[11, 12, 13], **options)
+    two = g.generate(model, [[4] * 10, [5], [1]], seed=[1, 12, 2], **options)
+    assert one[1].ids == two[1].ids
+    assert g.generate(model, [5], seed=12, **options).ids == one[1].ids
+    assert g.generate(model, [5], seed=13, **options).ids != one[1].ids
+
+
+def test_finished_rows_leave_the_batch():
+    model, sizes = tiny(), []
+    decoder = g.Decoder(model, "live")
+    model.blocks[0].attn.c_attn.register_forward_hook(lambda module, args, out: sizes.append(args[0].shape[0]))
+    texts = g.generate(model, [[i] for i in range(8)], temperature=2.0, seed=1, max_new_tokens=20,
+                       stop_ids=range(0, 50, 5), decoder=decoder)
+    ends = [len(text.ids) for text in texts]
+    # a row is fed as long as it goes on: once for the prompt, then for each token but its last
+    want = [sum(end > step for end in ends) for step in range(max(ends))]
+    assert sizes == [8, *want][:len(sizes)] and sizes[-1] < 8
+    assert {t.finish_reason for t in texts} <= {"stop", "length"}
+    assert not any(i in range(0, 50, 5) for t in texts for i in t.ids)
+
+
+def test_without_a_seed_torchs_generator_decides():
+    model = tiny()
+    torch.manual_seed(5)
+    a = g.generate(model, [1], max_new_tokens=9)
+    torch.manual_seed(5)
+    assert g.generate(model, [1], max_new_tokens=9) == a
+    assert g.generate(model, [1], max_new_tokens=9) != a
+
+
+def test_stream_is_generate(model, prompts):
+    options = dict(temperature=0.8, top_k=30, max_new_tokens=9, seed=3)
+    tokens = g.stream(model, prompts[1], **options)
+    assert tokens.finish_reason is None
+    assert list(tokens) == g.generate(model, prompts[1], **options).ids
+    assert tokens.finish_reason in ("stop", "length")
+    assert list(g.stream(model, torch.tensor(prompts[1]), **options)) == tokens.result.ids
+
+
+def test_penalties_and_bans_hold_in_the_loop():
+    model, ids = tiny(), [1, 2, 3]
+    new = g.generate(model, ids, max_new_tokens=25, no_repeat_ngram_size=2, temperature=0).ids
+    grams = list(zip(ids + new, (ids + new)[1:]))
+    assert len(set(grams)) == len(grams)
+    greedy = g.generate(model, ids, max_new_tokens=25, temperature=0).ids
+    banned = g.generate(model, ids, max_new_tokens=25, temperature=0, banned_ids=greedy).ids
+    assert not set(banned) & set(greedy)
+    assert g.generate(model, ids, max_new_tokens=5, forced_ids=[4, 4], seed=0).ids[:2] == [4, 4]
+    unlike = g.generate(model, ids, max_new_tokens=25, temperature=0, presence_penalty=1e4).ids
+    assert len(set(unlike)) == 25
+
+
+# ------------------------------------------------------------------ the context's end
+
+def test_overflow_error_names_what_would_fit():
+    model = tiny()
+    with pytest.raises(ValueError, match=r"40 prompt tokens .*context of 32"):
+        g.generate(model, [1] * 40)
+    with pytest.raises(ValueError, match="ask for 12 tokens at most"):
+        g.generate(model, [1] * 20, max_new_tokens=13)
+    assert len(g.generate(model, [1] * 20, max_new_tokens=12).ids) == 12
+    assert len(g.generate(model, [1] * 20, max_new_tokens=None).ids) == 12
+
+
+def test_overflow_truncate_keeps_the_end():
+    model, ids = tiny(), list(range(40))
+    got = g.generate(model, ids, max_new_tokens=12, temperature=0, overflow="truncate")
+    assert got == g.generate(model, ids[-20:], max_new_tokens=12, temperature=0)
+    with pytest.raises(ValueError, match="max_new_tokens=32"):
+        g.generate(model, ids, max_new_tokens=32, overflow="truncate")
+
+
+@pytest.mark.parametrize("length", [5, 31, 32, 45])
+def test_overflow_slide_equals_reading_the_window_anew(length):
+    model, ids = tiny(), list(range(length))
+    got = g.generate(model, ids, max_new_tokens=60, temperature=0, overflow="slide")
+    window, want = ids if length < 32 else ids[-24:], []
+    for _ in range(60):
+        want.append(int(model(torch.tensor([window]))[0, -1].argmax()))
+        window = (window + want[-1:])[-24:] if len(window) == 32 else window + want[-1:]
+    assert got.ids == want
+    both = g.generate(model, [[3], ids], max_new_tokens=60, temperature=0, overflow="slide")
+    assert both[1].ids == want
+
+
+# ------------------------------------------------------------------ text
+
+def test_pieces_of_any_text_and_any_stop_string(tokenizer):
+    rng, alphabet = random.Random(0), ["a", "b", "ab", "\n", " ", "é", "日本", "😀", "👩‍👧", "User:", "."]
+    for _ in range(300):
+        text = "".join(rng.choices(alphabet, k=rng.randrange(1, 14)))
+        stops = ["".join(rng.choices(alphabet, k=rng.randrange(1, 4))) for _ in range(rng.randrange(3))]
+        pieces = g.TextStream(tokenizer, iter(tokenizer.encode_ordinary(text)), stops)
+        shown = ""
+        for piece in pieces:
+            shown += piece
+            assert piece and "\ufffd" not in piece
+            assert text.startswith(shown) and not any(stop in shown for stop in stops)
+        places = [text.find(stop) for stop in stops if stop in text]
+        assert shown == pieces.text == (text[:min(places)] if places else text)
+        assert pieces.finish_reason == "stop"
+
+
+def test_half_a_character_at_the_end_is_dropped(tokenizer):
+    ids = tokenizer.encode_ordinary("ok 😀")
+    pieces = g.TextStream(tokenizer, iter(ids[:-1]))
+    assert "".join(pieces) == "ok "
+
+
+def test_cancel_from_another_thread(model, tokenizer, prompts):
+    event, said = threading.Event(), []
+    pieces = g.stream_text(model, tokenizer, prompts[0], g.Options(max_new_tokens=400, seed=0), cancel=event)
+
+    def read():
+        for piece in pieces:
+            said.append(piece)
+            started.set()
+
+    started = threading.Event()
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert started.wait(30)
+    event.set()
+    thread.join(30)
+    assert not thread.is_alive() and pieces.finish_reason == "cancelled"
+    assert "".join(said) == pieces.text and len(said) < 300
+
+
+def test_stop_strings_end_a_drawn_text(model, tokenizer):
+    options = g.Options(temperature=0, max_new_tokens=40)
+    full = g.generate_text(model, tokenizer, "One day a dog", options)
+    stop = full[7:10]
+    assert g.generate_text(model, tokenizer, "One day a dog", options, stop=[stop]) == full[:full.index(stop)]
+
+
+# ------------------------------------------------------------------ bad input
+
+@pytest.mark.parametrize("options, message", [
+    ({"temperature": -0.1}, "temperature=-0.1 must be 0"), ({"temperature": float("nan")}, "temperature=nan"),
+    ({"top_p": 0}, "top_p=0 must"), ({"top_p": 1.01}, "top_p=1.01 must"), ({"top_k": 0}, "top_k=0 must"),
+    ({"min_p": -1}, "min_p=-1"), ({"typical_p": 2}, "typical_p=2"), ({"repetition_penalty": 0}, "repetition_penalty=0"),
+    ({"no_repeat_ngram_size": 0}, "no_repeat_ngram_size=0"), ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ({"overflow": "wrap"}, "overflow='wrap'"), ({"banned_words": [[]]}, "banned_words"),
+    ({"frequency_penalty": float("inf")}, "frequency_penalty=inf"), ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+    ({"top_p": 2, "temperature": 0}, "top_p=2")])
+def test_bad_options(options, message):
+    with pytest.raises(ValueError) as error:
+        g.generate(tiny(), [1], **{"max_new_tokens": 5} | options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ids, message", [
+    ([], "the prompt is empty"), ([[1], []], "the prompt is empty"), ([50], "token id 50 is out of range"),
+    ([3, -1], "token id -1 is out of range"), (torch.empty(0, dtype=torch.long), "the prompt is empty")])
+def test_bad_prompts(ids, message):
+    for call in (g.generate, g.beam_search):
+        with pytest.raises(ValueError, match=message):
+            call(tiny(), ids)
+
+
+def test_other_bad_calls(tokenizer):
+    model = tiny()
+    with pytest.raises(ValueError, match="stream takes one prompt and got 2"):
+        g.stream(model, [[1], [2]])
+    with pytest.raises(ValueError, match="weights='slow'"):
+        g.Decoder(model, "slow")
+    with pytest.raises(ValueError, match="stop_strings"):
+        g.TextStream(tokenizer, iter([]), "ab")
+    with pytest.raises(ValueError, match="stop_strings"):
+        g.TextStream(tokenizer, iter([]), ["a", ""])
+    with pytest.raises(ValueError, match="prompt=''"):
+        g.generate_text(model, tokenizer, "")
+    with pytest.raises(ValueError, match="num_return=5"):
+        g.beam_search(model, [1], num_beams=4, num_return=5)
+    with pytest.raises(ValueError, match="vocab_size"):
+        g.speculate(model, tiny(vocab_size=40), [1])
+    with pytest.raises(ValueError, match="top_k=0"):
+        g.contrastive_search(model, [1], top_k=0)

@@ -1,0 +1,143 @@
+"""`minigpt generate` as a process of its own: prompts in, JSON lines out, errors in one line."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt.bpe import BPETokenizer
+from minigpt.generation import Decoder, beam_search, generate
+from minigpt.gpt2 import GPT2, GPT2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = """
+from minigpt import cli, cli_generate
+if "generate" not in {command.name for command in cli.app.registered_commands}:
+    cli_generate.register(cli.app)
+cli.main()
+"""
+
+
+def run(*arguments, data=b"", code=0):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", MAIN, "generate", *map(str, arguments)], input=data, env=env,
+                          capture_output=True, timeout=300)
+    assert done.returncode == code, done.stderr.decode()
+    return done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model with the shipped tokenizer: quick to start, meaningless to read."""
+    import torch
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer.from_pretrained()
+    model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=1, n_head=2, n_embd=16,
+                            bos_token_id=0, eos_token_id=0))
+    with torch.no_grad():
+        model.wte.weight.mul_(15)
+    path = tmp_path_factory.mktemp("models") / "small"
+    model.save_pretrained(path, tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(folder):
+    return GPT2.from_pretrained(folder), BPETokenizer.from_pretrained(folder)
+
+
+def test_arguments_file_and_pipe_give_the_same(folder, small, tmp_path):
+    model, tokenizer = small
+    flags = ["--model", folder, "--seed", 3, "--max-new-tokens", 6, "--temperature", 0.8, "--top-k", 20]
+    (tmp_path / "in.txt").write_text("One day\nDie Müllerin\n", encoding="utf-8")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "One day"}\n{"prompt": "Die Müllerin"}\n', encoding="utf-8")
+    outs = [run("One day", "Die Müllerin", *flags)[0], run("--file", tmp_path / "in.txt", *flags)[0],
+            run("--file", tmp_path / "in.jsonl", *flags, "--batch-size", 1)[0],
+            run(*flags, data="One day\nDie Müllerin\n".encode())[0]]
+    rows = [json.loads(line) for line in outs[0].splitlines()]
+    assert outs == outs[:1] * 4 and [row["prompt"] for row in rows] == ["One day", "Die Müllerin"]
+    for i, row in enumerate(rows):
+        want = generate(model, tokenizer.encode_ordinary(row["prompt"]), seed=3 + i, max_new_tokens=6, temperature=0.8,
+                        top_k=20, stop_ids=[0, 1, 2], decoder=Decoder(model))
+        assert row["tokens"] == len(want.ids) and row["finish_reason"] == want.finish_reason
+        assert row["text"] == tokenizer.decode(want.ids).rstrip("\ufffd")
+
+
+def test_several_texts_to_a_file(folder, tmp_path):
+    out = tmp_path / "out.jsonl"
+    run("One day", "--model", folder, "--num-return", 3, "--max-new-tokens", 4, "--output", out)
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 3 and len({row["text"] for row in rows}) > 1
+    before = out.read_bytes()
+    _, errors = run("One day", "--model", folder, "--output", out, code=2)
+    assert "--overwrite" in errors and out.read_bytes() == before
+
+
+def test_every_strategy(folder, small):
+    model, tokenizer = small
+    flags = ["One day", "--model", folder, "--max-new-tokens", 6]
+    ids = tokenizer.encode_ordinary("One day")
+    beams = [json.loads(line) for line in run(*flags, "--num-beams", 3, "--num-return", 2)[0].splitlines()]
+    want = beam_search(model, ids, num_beams=3, num_return=2, max_new_tokens=6, stop_ids=[0, 1, 2])
+    assert [row["score"] for row in beams] == pytest.approx([text.score for text in want], abs=1e-4)
+    greedy = json.loads(run(*flags, "--greedy")[0])
+    for more in (["--draft", "ngram", "--temperature", 0], ["--penalty-alpha", 0], ["--num-beams", 1, "--temperature", 0],
+                 ["--draft", folder, "--greedy"]):
+        assert json.loads(run(*flags, *more)[0])["text"] == greedy["text"]
+    assert greedy["tokens"] == len(generate(model, ids, temperature=0, max_new_tokens=6, stop_ids=[0, 1, 2]).ids)
+    plain, _ = run(*flags, "--format", "text", "--regex", "[a-z]{3} [0-9]{2}", "--max-new-tokens", 30)
+    assert len(plain) == 7 and plain[:3].isalpha() and plain[4:6].isdigit() and plain[6] == "\n"
+    begun = json.loads(run(*flags, "--begin", "So it", "--ban", "went", "--no-repeat-ngram-size", 2, "--min-p", 0.01,
+                           "--typical-p", 0.9, "--presence-penalty", 0.5, "--frequency-penalty", 0.5, "--top-p", 0.9,
+                           "--repetition-penalty", 1.2, "--ignore-end", "--overflow", "slide", "--int8")[0])
+    assert begun["text"].startswith("So it") and begun["tokens"] == 6
+
+
+def test_a_chat_and_a_stop_string():
+    out, _ = run("--chat", "--greedy", "--max-new-tokens", 24, "--stop", ".", data=b"What is a whale?\n")
+    row = json.loads(out)
+    assert row["finish_reason"] == "stop" and "." not in row["text"] and len(row["text"]) > 5
+
+
+@pytest.mark.parametrize("arguments, data, message", [
+    (["x", "--temperature", "-1"], b"", "temperature=-1"), (["x", "--top-p", "1.5"], b"", "top_p=1.5"),
+    (["x", "--top-k", "0"], b"", "top_k=0"), ([], b"", "the prompt is empty"), ([""], b"", "the prompt is empty"),
+    ([], b"caf\xe9\n", "not valid UTF-8: byte 0xe9 at position 3"), ([], b'{"text": 1}\n', "line 1"),
+    (["x", "--num-beams", "4", "--draft", "ngram"], b"", "exclude each other"), (["x", "--format", "xml"], b"", "'xml'"),
+    (["x", "--num-beams", "2", "--num-return", "3"], b"", "num_return=3"), (["x", "--regex", "("], b"", "never closed"),
+    (["x", "--file", "nowhere.txt"], b"", "nowhere.txt"), (["x", "--model", "nowhere"], b"", "nowhere"),
+    (["word " * 80], b"", "exceed the context of 64"), (["x", "--max-new-tokens", "99"], b"", "exceed the context of 64"),
+    (["x", "--overflow", "wrap"], b"", "overflow='wrap'"), (["x", "--num-return", "0"], b"", "--num-return 0"),
+    (["x", "--seed", "one"], b"", "one"), (["x", "--penalty-alpha", "3"], b"", "penalty_alpha=3")])
+def test_errors_are_one_line(folder, arguments, data, message):
+    if "--model" not in arguments:
+        arguments = [*arguments, "--model", folder]
+    out, errors = run(*arguments, data=data, code=2)
+    assert message in errors and "Traceback" not in errors and out == ""
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = ("import sys, minigpt.cli_generate; heavy = {'torch', 'numpy', 'datasets', 'gradio', 'matplotlib'};"
+            "sys.exit(', '.join(sorted(heavy & set(sys.modules))))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr.decode()
+    out, _ = run("--help")
+    for flag in ("--num-return", "--num-beams", "--draft", "--regex", "--penalty-alpha", "--typical-p", "--overflow"):
+        assert flag in out
+
+
+def test_results_come_as_they_are_drawn(folder):
+    """The first line is out while the process still works on the others."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([sys.executable, "-c", MAIN, "generate", "--model", str(folder), "--batch-size", "1",
+                                "--num-return", "400", "--max-new-tokens", "40", "One"], stdout=subprocess.PIPE, env=env)
+    try:
+        assert json.loads(process.stdout.readline())["prompt"] == "One"
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()

@@ -1,0 +1,313 @@
+"""Chapter 05: beams, contrastive search, speculative decoding, constraints; against transformers and slow versions."""
+import itertools
+import random
+import re
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minigpt import generation as g
+from test_generation import as_hf, hf_generate, model, new_tokens, prompts, tiny, tokenizer, hf  # noqa: F401
+
+
+def same_beams(ours, out, prompt, stop):
+    """Whether texts agree, and the largest difference of scores."""
+    texts = [new_tokens(row, prompt, stop) for row in out.sequences]
+    scores = [abs(float(want) - got.score) for want, got in zip(out.sequences_scores, ours)]
+    return texts == [text.ids for text in ours], max(scores)
+
+
+def test_beams_equal_transformers_on_50_prompts(model, hf, prompts, ledger):  # noqa: F811
+    decoder, stop, wrong, worst = g.Decoder(model), (0, 1, 2), 0, 0.0
+    for ids in prompts:
+        out = hf_generate(hf, ids, num_beams=4, num_return_sequences=2, max_new_tokens=5, eos_token_id=list(stop),
+                          output_scores=True)
+        ours = g.beam_search(model, ids, num_beams=4, num_return=2, max_new_tokens=5, stop_ids=stop, decoder=decoder)
+        same, off = same_beams(ours, out, ids, stop)
+        wrong, worst = wrong + (not same), max(worst, off)
+    ledger("beam search, 50 prompts, 4 beams, 2 results: prompts with other tokens", wrong, peer="transformers", bound=0)
+    ledger("beam search, 50 prompts, 4 beams, 2 results: scores", worst, peer="transformers", bound=1e-5)
+    assert wrong == 0 and worst <= 1e-5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_beam_settings_equal_transformers(seed, tmp_path):
+    """Every combination of length penalty, early stopping and stop tokens, on a random model in which texts do end."""
+    model = tiny(seed, vocab_size=12, spread=3.0)
+    hf = as_hf(model, tmp_path / "m")  # noqa: F811
+    tested = 0
+    for power, early, stop, penalty in itertools.product((1.0, 0.0, 2.0, -1.0), (False, True, "never"),
+                                                         ((), (3,), (3, 5)), (1.0, 1.5)):
+        prompt = [1, 4, tested % 12]
+        out = hf_generate(hf, prompt, num_beams=3, num_return_sequences=3, max_new_tokens=7, length_penalty=power,
+                          early_stopping=early, eos_token_id=list(stop) or None, repetition_penalty=penalty,
+                          output_scores=True)
+        ours = g.beam_search(model, prompt, num_beams=3, num_return=3, max_new_tokens=7, length_penalty=power,
+                             early_stopping=early, stop_ids=stop, options=g.Options(repetition_penalty=penalty))
+        same, off = same_beams(ours, out, prompt, stop)
+        assert same, (power, early, stop, penalty)
+        assert off <= 1e-5 * max(1.0, abs(ours[-1].score))
+        tested += 1
+
+
+def slow_beams(model, prompt, beams, groups, diversity, power, stop, limit):
+    """Diverse beam search the obvious way: whole texts as lists, no cache, one list of groups; transformers has moved
+    its own out of the package. Vijayakumar et al. (2018), with transformers' rules for what is finished."""
+    width = beams // groups
+    running = [[([], 0.0)] for _ in range(groups)]
+    done = [[] for _ in range(groups)]
+    for length in range(1, limit + 1):
+        chosen = Counter()
+        for j in range(groups):
+            if not running[j]:
+                continue
+            candidates = []
+            for text, score in running[j]:
+                with torch.no_grad():
+                    logp = model(torch.tensor([prompt + text]))[0, -1].log_softmax(-1)
+                for token in range(len(logp)):
+                    value = score + float(logp[token]) - diversity * chosen[token]
+                    candidates.append((value, text + [token]))
+            candidates.sort(key=lambda c: -c[0])
+            following = []
+            for place, (value, text) in enumerate(candidates[:max(2, 1 + len(stop)) * width]):
+                if text[-1] in stop or length == limit:
+                    if place < width:
+                        done[j].append((value / length ** power, text))
+                elif len(following) < width:
+                    following.append((text, value))
+            done[j] = sorted(done[j], key=lambda d: -d[0])[:width]
+            chosen.update(text[-1] for text, _ in following)
+            full = len(done[j]) == width
+            over = not following or full and following[0][1] / length ** power <= done[j][-1][0]
+            running[j] = [] if over else following
+    return sorted((d for group in done for d in group), key=lambda d: -d[0])
+
+
+@pytest.mark.parametrize("beams, groups, diversity, stop", [
+    (4, 2, 0.5, ()), (4, 2, 2.0, (3,)), (6, 3, 1.0, (3, 5)), (3, 3, 0.7, (3,)), (4, 1, 0.0, (3,)), (6, 2, 0.0, (3,))])
+def test_diverse_beams_equal_a_slow_version(beams, groups, diversity, stop, ledger):
+    worst = 0.0
+    for seed in range(3):
+        model = tiny(seed, vocab_size=12, spread=3.0)  # noqa: F811
+        want = slow_beams(model, [1, 2], beams, groups, diversity, 1.0, stop, 6)
+        got = g.beam_search(model, [1, 2], num_beams=beams, num_return=beams, num_beam_groups=groups, stop_ids=stop,
+                            diversity_penalty=diversity, max_new_tokens=6)
+        assert [[t for t in text if t not in stop] for _, text in want[:len(got)]] == [text.ids for text in got]
+        worst = max(worst, max(abs(a - b.score) for (a, _), b in zip(want, got)))
+    ledger("diverse beam search = a slow version: scores", worst, bound=1e-4)
+    assert worst < 1e-4
+
+
+def test_beams_of_several_prompts_and_with_constraints(tokenizer):  # noqa: F811
+    model = tiny()  # noqa: F811
+    both = g.beam_search(model, [[1, 2], [3]], max_new_tokens=5)
+    assert both == [g.beam_search(model, row, max_new_tokens=5) for row in ([1, 2], [3])]
+    banned = g.beam_search(model, [1], max_new_tokens=5, num_return=4, options=g.Options(banned_ids=range(40)))
+    assert all(token >= 40 for text in banned for token in text.ids)
+    few = g.beam_search(model, [1], num_beams=4, num_return=4, max_new_tokens=2, options=g.Options(banned_ids=range(2, 50)))
+    assert sorted(text.ids for text in few) == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def slow_contrastive(model, prompt, k, alpha, limit):
+    """Su et al. (2022) the obvious way: every candidate is read with the whole text before it."""
+    def last_layer(ids):
+        return model.trace(torch.tensor([ids]), ["ln_f"])["ln_f"][0]
+
+    ids = list(prompt)
+    for _ in range(limit):
+        with torch.no_grad():
+            probs = model(torch.tensor([ids]))[0, -1].softmax(-1)
+            values = []
+            for p, token in zip(*(t.tolist() for t in probs.topk(k))):
+                hidden = last_layer(ids + [token])
+                like = max(float(F.cosine_similarity(hidden[-1], h, dim=0)) for h in hidden[:-1])
+                values.append(((1 - alpha) * p - alpha * like, token))
+        ids.append(max(values)[1])
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("k, alpha", [(4, 0.6), (5, 0.9), (1, 0.5), (3, 0.0)])
+def test_contrastive_search_equals_a_slow_version(k, alpha):
+    """transformers has moved its own out of the package."""
+    for seed in range(3):
+        model = tiny(seed, spread=2.0)  # noqa: F811
+        got = list(g.contrastive_search(model, [1, 2, 3], g.Options(8), top_k=k, penalty_alpha=alpha))
+        assert got == slow_contrastive(model, [1, 2, 3], k, alpha, 8)
+
+
+# ------------------------------------------------------------------ speculation
+
+class Wild:
+    """A draft that guesses at random, and says so."""
+
+    def __call__(self, ids, count, rng):
+        q = torch.full((50,), 1 / 50, dtype=torch.float64)
+        return [rng.randrange(50) for _ in range(count)], [q] * count
+
+
+@pytest.mark.parametrize("name", ["itself", "other", "ngram", "wild", "nothing"])
+@pytest.mark.parametrize("guesses", [1, 3, 6])
+def test_speculation_keeps_greedy_tokens(name, guesses):
+    model = tiny()  # noqa: F811
+    options = g.Options(temperature=0, max_new_tokens=20, stop_ids=[13], repetition_penalty=1.1)
+    for first in range(6):
+        draft = {"itself": model, "other": tiny(9), "ngram": g.NGramDraft(), "wild": Wild(),
+                 "nothing": lambda ids, count, rng: ([], None)}[name]
+        want = g.generate_options(model, [first, 5, first], options)
+        tokens = g.speculate(model, draft, [first, 5, first], options, guesses=guesses)
+        assert list(tokens) == want.ids and tokens.finish_reason == want.finish_reason
+        if name == "itself":  # every guess is right
+            assert tokens.result.steps <= -(-(want.steps - 1) // (guesses + 1)) + 1
+
+
+def test_speculation_on_the_shipped_model(model, prompts):  # noqa: F811
+    decoder, draft = g.Decoder(model), g.NGramDraft(prompts)
+    options = g.Options(temperature=0, max_new_tokens=12, stop_ids=[0, 1, 2])
+    for ids in prompts[:10]:
+        assert list(g.speculate(model, draft, ids, options, decoder=decoder)) == g.generate_options(
+            model, ids, options, decoder).ids
+
+
+def chi_square(counts, expected):
+    """Pearson's statistic over cells with five or more expected, the others as one; and its degrees of freedom."""
+    big = [cell for cell, value in expected.items() if value >= 5]
+    rest = sum(value for cell, value in expected.items() if value < 5)
+    rows = [(counts[cell], expected[cell]) for cell in big]
+    if rest:
+        rows.append((sum(counts[cell] for cell in expected if expected[cell] < 5), rest))
+    return sum((seen - want) ** 2 / want for seen, want in rows), len(rows) - 1
+
+
+def limit(freedom):
+    """Chi-square's value that one in ten thousand exceeds, by Wilson and Hilferty."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.719 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize("name", ["model", "ngram"])
+def test_speculation_draws_from_the_same_distribution(name, ledger):
+    """1,200 texts of three tokens over a vocabulary of five, against the chances computed from the model."""
+    shape = dict(vocab_size=5, n_layer=1, n_embd=8, spread=9.0)
+    model, other, runs = tiny(2, **shape), tiny(3, **shape), 1200  # noqa: F811
+    options = g.Options(temperature=1.3, top_k=4, max_new_tokens=3)
+    draft = g.ModelDraft(other, options) if name == "model" else g.NGramDraft([[1, 2, 3, 1, 4, 0, 0, 2]])
+    decoder, counts, expected = g.Decoder(model), Counter(), {}
+    chain = g.chain(options)
+    for text in itertools.product(range(5), repeat=3):
+        p = 1.0
+        for i, token in enumerate(text):
+            ids = [1, *text[:i]]
+            with torch.no_grad():
+                p *= float(g.apply(chain, [ids], model(torch.tensor([ids]))[:, -1], i).softmax(-1)[0, token])
+        if p:
+            expected[text] = runs * p
+    for seed in range(runs):
+        tokens = g.speculate(model, draft, [1], g.replace(options, seed=seed), guesses=2, decoder=decoder)
+        counts[tuple(tokens)] += 1
+    assert set(counts) <= set(expected) and abs(sum(expected.values()) - runs) < 1e-3 * runs
+    value, freedom = chi_square(counts, expected)
+    ledger(f"speculative sampling ({name} draft): chi-square over {freedom} degrees of freedom", float(value),
+           bound=round(limit(freedom), 1))
+    assert value < limit(freedom)
+
+
+def test_judge_is_exact():
+    torch.manual_seed(0)
+    for seed in range(3):
+        p, q = torch.rand(2, 6, dtype=torch.float64).pow(3).unbind()
+        p, q, rng = p / p.sum(), q / q.sum(), random.Random(seed)
+        counts = Counter(g.judge(guess, p, q, rng) for guess in g.pick(q.log().expand(6000, -1), [rng] * 6000))
+        value, freedom = chi_square(counts, {i: 6000 * float(p[i]) for i in range(6)})
+        assert value < limit(freedom)
+        sure = Counter(g.judge(2, p, None, rng) for _ in range(3000))
+        value, freedom = chi_square(sure, {i: 3000 * float(p[i]) for i in range(6)})
+        assert value < limit(freedom)
+
+
+# ------------------------------------------------------------------ constraints
+
+def random_pattern(rng, depth=0):
+    kind = rng.randrange(9 if depth < 3 else 4)
+    if kind < 3:
+        return rng.choice(["a", "b", "é", r"\d", "[ab]", "[^a]", ".", r"\w", "[a-b1]", r"\s", r"\.", "[^\\d\\n]", "😀"])
+    if kind == 3:
+        return rng.choice(["a", "b", "1"]) + rng.choice(["*", "+", "?", "{2}", "{1,3}", "{2,}", "{0,1}"])
+    inner = [random_pattern(rng, depth + 1) for _ in range(rng.randrange(1, 4))]
+    if kind < 6:
+        return "".join(inner)
+    body = ("(" if kind < 8 else "(?:") + "|".join(inner) + ")"
+    return body + rng.choice(["", "", "*", "+", "?", "{1,2}"])
+
+
+def test_regex_equals_pythons():
+    rng, seen = random.Random(0), Counter()
+    for _ in range(400):
+        pattern = random_pattern(rng)
+        for _ in range(12):
+            text = "".join(rng.choices("ab1é😀. \n", k=rng.randrange(6)))
+            state = g.parse_regex(pattern)
+            for byte in text.encode():
+                state = g.derive(state, byte)
+            want = re.fullmatch(pattern, text, re.ASCII) is not None
+            assert g.may_end(state) == want, (pattern, text)
+            seen[want] += 1
+    assert min(seen.values()) > 200
+
+
+@pytest.mark.parametrize("pattern", ["(", ")", "a)", "[", "[]", "[b-a]", "*", "a**b{", "^a", "a$", r"\b", r"\1", "a{2,1}",
+                                     "a{2000}", "[^é]", "\\", "(?=a)", "{"])
+def test_bad_patterns(pattern, tokenizer):  # noqa: F811
+    if pattern == "a**b{":
+        pattern = "+a"
+    with pytest.raises(ValueError) as error:
+        g.RegexConstraint(pattern, tokenizer, [2])
+    assert "\n" not in str(error.value)
+
+
+def test_every_drawn_text_matches(model, tokenizer, prompts):  # noqa: F811
+    decoder = g.Decoder(model)
+    for pattern in (r"(yes|no), \d{1,3} (times|days)\.", r"[A-Z][a-z]{2,8}( [a-z]{1,9}){2,4}\.", r"\{\"age\": \d{1,3}\}",
+                    "(é|ü){2,3}"):
+        constraint = g.RegexConstraint(pattern, tokenizer, [2])
+        texts = g.generate(model, prompts[:4], processors=[constraint], stop_ids=[2], max_new_tokens=40, seed=0,
+                           temperature=1.5, decoder=decoder)
+        for text in texts:
+            said = tokenizer.decode(text.ids)
+            assert text.finish_reason == "stop" and re.fullmatch(pattern, said), (pattern, said)
+
+
+def test_allowed_tokens_are_exactly_those_that_can_go_on(tokenizer):  # noqa: F811
+    """By trying every token: can the text with it still be completed, judged by the choices themselves."""
+    choices = ["the cat", "the cow", "a dog", "théâtre"]
+    constraint = g.choice_constraint(choices, tokenizer, [2])
+    for start in ("", "the", "the c", "a", "th"):
+        new = tokenizer.encode_ordinary(start)
+        mask = constraint.forbidden(constraint.state(new))
+        for i in range(3, tokenizer.vocab_size):
+            said = start.encode() + tokenizer.decode_bytes([i])
+            assert bool(mask[i]) != any(c.encode().startswith(said) for c in choices)
+        assert bool(mask[2])
+    whole = constraint.forbidden(constraint.state(tokenizer.encode_ordinary("a dog")))
+    assert whole.sum() == len(whole) - 1 and not whole[2]
+
+
+def test_choices_with_every_strategy(model, tokenizer, prompts):  # noqa: F811
+    constraint, decoder = g.choice_constraint(["Yes.", "No.", "Perhaps so."], tokenizer, [2]), g.Decoder(model)
+    options = g.Options(max_new_tokens=12, stop_ids=[2], processors=[constraint], seed=3)
+    drawn = [g.generate_options(model, prompts[0], options, decoder),
+             g.beam_search(model, prompts[0], max_new_tokens=12, stop_ids=[2], options=options, decoder=decoder)[0]]
+    for tokens in (g.speculate(model, g.NGramDraft(prompts), prompts[0], options, decoder=decoder),
+                   g.contrastive_search(model, prompts[0], options, decoder=decoder)):
+        list(tokens)
+        drawn.append(tokens.result)
+    for text in drawn:
+        assert tokenizer.decode(text.ids) in ("Yes.", "No.", "Perhaps so.")
+    best = -float("inf")  # of the usual way to write each choice in tokens, scored by the model alone
+    for choice in ("Yes.", "No.", "Perhaps so."):
+        ids = tokenizer.encode_ordinary(choice) + [2]
+        with torch.no_grad():
+            logp = model(torch.tensor([prompts[0] + ids]))[0, len(prompts[0]) - 1:-1].log_softmax(-1)
+        best = max(best, float(logp.gather(-1, torch.tensor(ids)[:, None]).mean()))
+    assert drawn[1].score >= best - 1e-4

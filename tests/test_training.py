@@ -1,0 +1,727 @@
+"""Chapter 04: the step against torch and transformers, exact resume with real signals, checkpoints that survive, several
+processes through torchrun, streams split by rank, plans, recipes. Values are computed another way than in the chapter."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minigpt import training as t
+from minigpt.bpe import BPETokenizer
+from minigpt.data import TokenFile, WindowSampler, load_text, pack
+from minigpt.gpt2 import GPT2, GPT2Config
+from minigpt.training import (Checkpoints, LivePlot, Phase, Ranks, Stepper, StreamSampler, TokenArray, TrainConfig, plan, train)
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = GPT2Config(vocab_size=300, block_size=32, n_layer=2, n_head=2, n_embd=32)
+
+
+def tiny(**changes) -> GPT2:
+    torch.manual_seed(0)
+    return GPT2(replace(SHAPE, **changes))
+
+
+def stream(n: int = 5000, seed: int = 0) -> TokenArray:
+    rng = np.random.default_rng(seed)
+    ids = (np.cumsum(rng.integers(0, 3, n)) % 290).astype(np.uint16)
+    return TokenArray(ids, rng.integers(0, 2, n).astype(np.uint8))
+
+
+def same(a: GPT2, b: GPT2) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def gradients(stepper: Stepper, ids: np.ndarray, targets: np.ndarray) -> torch.Tensor:
+    stepper.gradients(ids, targets)
+    return torch.cat([p.grad.flatten() for p in stepper.model.parameters()])
+
+
+def run_script(code: str, *args, env: dict | None = None) -> subprocess.Popen:
+    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=settings, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+# ------------------------------------------------------------------ settings and schedule
+
+@pytest.mark.parametrize("changes, words", [
+    ({"lr": 0}, "lr=0"), ({"schedule": "linear"}, "cosine, wsd, constant"), ({"dtype": "int8"}, "dtype='int8'"),
+    ({"max_steps": None}, "no end"), ({"micro_batch": 0}, "micro_batch=0"), ({"stable": 2.0}, "stable=2.0"),
+    ({"batch_size": -1}, "batch_size=-1"), ({"keep_last": 0}, "keep_last=0"), ({"parallel": "tp"}, "ddp, fsdp")])
+def test_bad_settings_are_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**changes)
+
+
+def test_cosine_schedule_is_transformers(ledger):
+    transformers = pytest.importorskip("transformers")
+    config = TrainConfig(max_steps=200, warmup_steps=20, lr=1.0, final_lr=0.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    peer = transformers.get_cosine_schedule_with_warmup(optimizer, 20, 200)
+    worst = 0.0
+    for step in range(200):
+        ours = t.learning_rate(config, step if step >= 20 else step - 1, step / 200) if step else 0.0
+        worst = max(worst, abs(ours - peer.get_last_lr()[0]))     # theirs warms up from 0, one step behind
+        optimizer.step()
+        peer.step()
+    ledger("learning rate of the cosine schedule", worst, peer="transformers", bound=1e-9)
+    assert worst < 1e-9
+
+
+def test_wsd_is_flat_then_falls_and_follows_the_clock():
+    config = TrainConfig(max_steps=None, max_seconds=100, schedule="wsd", stable=0.5, warmup_steps=10, lr=2.0, final_lr=0.25)
+    assert t.learning_rate(config, 50, 0.49) == 2.0
+    assert t.learning_rate(config, 50, 1.0) == pytest.approx(0.5)
+    assert t.learning_rate(config, 50, 0.75) == pytest.approx((2.0 + 0.5) / 2)
+
+
+def test_only_matrices_decay():
+    model = tiny()
+    optimizer = t.make_optimizer(model, TrainConfig(lr=0.1, weight_decay=0.5))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        decayed = name in ("wte.weight", "wpe.weight") or (".c_" in name and name.endswith("weight"))
+        assert torch.allclose(p, before[name] * (0.95 if decayed else 1.0)), name
+
+
+# ------------------------------------------------------------------ the step
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4])
+def test_accumulated_gradients_are_one_big_batch(micro_batch, ledger):
+    rng = np.random.default_rng(1)
+    ids, targets = rng.integers(0, 300, (8, 32)), rng.integers(0, 300, (8, 32))
+    targets[rng.random((8, 32)) < np.linspace(0, 1, 8)[:, None]] = -100        # row 0 counts in full, row 7 hardly
+    targets[5] = -100                                                          # a micro-batch without any target
+    model = tiny()
+    F.cross_entropy(model(torch.from_numpy(ids)).flatten(0, 1), torch.from_numpy(targets).flatten()).backward()
+    whole = torch.cat([p.grad.flatten() for p in model.parameters()])
+    parts = gradients(Stepper(tiny(), TrainConfig(micro_batch=micro_batch)), ids, targets)
+    apart = (parts - whole).abs().max().item()
+    ledger(f"gradients accumulated over micro-batches of {micro_batch} = one big batch", apart, peer="torch", bound=1e-6)
+    assert torch.isfinite(parts).all() and apart < 1e-6
+
+
+def test_step_is_torchs_own(ledger):
+    """Clip, decay groups and update against a loop written with torch's parts, not fused."""
+    ids = np.random.default_rng(2).integers(0, 300, (4, 33))
+    ours, plain = tiny(), tiny()
+    stepper = Stepper(ours, TrainConfig(lr=1e-3, clip=0.5))
+    groups = [{"params": [p for p in plain.parameters() if (p.dim() >= 2) == big], "weight_decay": decay}
+              for big, decay in ((True, 0.1), (False, 0.0))]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), foreach=False, fused=False)
+    x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
+    for _ in range(3):
+        loss, norm = stepper(ids[:, :-1], ids[:, 1:], lr=1e-3)
+        want = F.cross_entropy(plain(x).flatten(0, 1), y.flatten())
+        want.backward()
+        length = torch.sqrt(sum((p.grad ** 2).sum() for p in plain.parameters()))
+        for p in plain.parameters():
+            p.grad *= min(1.0, 0.5 / (length.item() + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert abs(loss.item() - want.item()) < 1e-5 and abs(norm.item() - length.item()) < 1e-4
+    apart = max((p - q).abs().max().item() for p, q in zip(ours.parameters(), plain.parameters()))
+    ledger("weights after 3 steps = torch's AdamW, not fused", apart, peer="torch", bound=1e-4)
+    assert apart < 1e-4
+
+
+def test_held_out_loss_is_transformers(tmp_path, ledger):
+    transformers = pytest.importorskip("transformers")
+    model, data = tiny().eval(), stream(32 * 5 + 1)
+    model.save_pretrained(tmp_path / "model")
+    peer = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    ours = t.held_out_loss(model, data, rows=2)
+    losses, kept = [], []
+    for start in range(0, 160, 32):
+        ids = torch.from_numpy(data.ids[start:start + 33].astype(np.int64))[None]
+        with torch.no_grad():
+            logits = peer(ids[:, :-1]).logits[0]
+        losses.append(F.cross_entropy(logits, ids[0, 1:], reduction="none"))
+        kept.append(torch.from_numpy(data.mask[start + 1:start + 33]) > 0)
+    losses, kept = torch.cat(losses), torch.cat(kept)
+    apart = max(abs(ours["held"] - losses.mean().item()), abs(ours["held_answers"] - losses[kept].mean().item()))
+    ledger("held-out loss, all tokens and answers", apart, peer="transformers", bound=1e-5)
+    assert apart < 1e-5
+
+
+def test_flops_count_the_products():
+    """6 x (parameters without position table, norms and biases) + attention, against a count of each product."""
+    B, T = 3, 32
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):    # counts no fused attention
+        tiny()(torch.zeros(B, T, dtype=torch.long))
+    assert 3 * counter.get_total_flops() == B * T * t.flops_per_token(SHAPE, T)
+
+
+def test_compile_that_fails_goes_on_without():
+    code = """
+import sys, warnings, numpy as np, torch, torch._inductor.config as inductor
+from minigpt.gpt2 import GPT2, GPT2Config
+from minigpt.training import Stepper, TrainConfig
+inductor.cpp.cxx = ("no-such-compiler",)
+inductor.force_disable_caches = True
+ids = np.random.default_rng(0).integers(0, 300, (2, 16))
+losses = []
+for compile in (True, False):
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size=300, block_size=16, n_layer=1, n_head=1, n_embd=16))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step = Stepper(model, TrainConfig(compile=compile))
+        losses.append([step(ids, ids, 1e-2)[0].item() for _ in range(3)])
+    if compile:
+        print(*[c.message for c in caught if "torch.compile" in str(c.message)])
+assert losses[0] == losses[1], losses
+"""
+    process = run_script(code)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "torch.compile failed" in out and "training goes on without it" in out
+
+
+# ------------------------------------------------------------------ exact resume
+
+PHASED = TrainConfig(max_steps=40, batch_size=4, micro_batch=2, lr=1e-2, warmup_steps=5, schedule="wsd", stable=0.5,
+                     log_every=5, eval_every=10, save_every=10, eval_windows=4)
+RESUME = """
+import os, random, signal, sys
+import numpy as np, torch
+sys.path.insert(0, sys.argv[3])
+import test_training as here
+from minigpt.training import Phase, train
+
+def interrupt(row, model):
+    random.random(), np.random.rand(), torch.rand(3)      # a callback that draws numbers changes nothing
+    if row["step"] == 25:
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+
+data = here.stream()
+result = train(here.tiny(dropout=0.2), [Phase(data, 0.6), Phase(data, 1.0, "answers")], here.PHASED, held=here.stream(400, 1),
+               out=sys.argv[1], callbacks=[interrupt], progress=False)
+print("stopped", result.stopped, result.step)
+"""
+
+
+def phased(out=None, **options):
+    data = stream()
+    return train(tiny(dropout=0.2), [Phase(data, 0.6), Phase(data, 1.0, "answers")], PHASED, held=stream(400, 1), out=out,
+                 progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return phased(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_resumed_is_uninterrupted_bit_for_bit(uninterrupted, tmp_path, ledger):
+    """Ctrl-C, SIGTERM, and kill -9 between checkpoints, each in a process of its own."""
+    names = ("SIGINT", "SIGTERM", "SIGKILL")
+    processes = {n: run_script(RESUME, tmp_path / n, n, Path(__file__).parent) for n in names}
+    for name, process in processes.items():
+        out, err = process.communicate(timeout=300)
+        folder = tmp_path / name
+        if name == "SIGKILL":
+            assert process.returncode == -9
+            assert Checkpoints(folder).steps() == [10, 20]
+        else:
+            assert f"stopped {name} 26" in out, err
+            assert Checkpoints(folder).newest() == 26
+        resumed = phased(folder, resume=True)
+        assert same(resumed.model, uninterrupted.model), name
+        one, two = (Checkpoints(r.folder).load(40) for r in (resumed, uninterrupted))
+        assert one[1].keys() == two[1].keys() and all(torch.equal(one[1][k], two[1][k]) for k in one[1]), name
+        assert one[2]["places"] == two[2]["places"]
+        keys = ("step", "tokens", "lr", "held", "held_answers")
+        rows = [[{k: row.get(k) for k in keys} for row in r.history if row["step"] % 5 == 0]
+                for r in (resumed, uninterrupted)]
+        assert rows[0] == rows[1], name
+    apart = max((p - q).abs().max().item() for p, q in zip(resumed.model.parameters(), uninterrupted.model.parameters()))
+    ledger("resumed after Ctrl-C, SIGTERM, kill -9 = uninterrupted, weights", apart, peer="torch", bound=0)
+
+
+def test_csv_is_one_run(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted.folder, folder)
+    saved = Checkpoints(folder)
+    shutil.rmtree(saved.path(40))
+    phased(folder, resume=True)
+    lines = (folder / "log.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0].split(",") == list(t.COLUMNS)
+    assert [int(float(line.split(",")[0])) for line in lines[1:]] == list(range(5, 41, 5))
+
+
+def test_looking_changes_nothing(uninterrupted):
+    """Neither evaluations nor samples nor the size of micro-batches have a part in what is learned."""
+    config = replace(PHASED, eval_every=0, save_every=0, log_every=40)
+    data = stream()
+    blind = train(tiny(dropout=0.2), [Phase(data, 0.6), Phase(data, 1.0, "answers")], config, progress=False)
+    assert same(blind.model, uninterrupted.model)
+
+
+def test_second_phase_counts_only_answers():
+    data = stream(2000)
+    batches = t.Batches([Phase(data, 1.0, "answers"), Phase(data, 0.5)], TrainConfig(batch_size=4), 32)
+    assert (batches.next(0.2)[1] >= 0).all()
+    ids, targets = batches.next(0.7)
+    place = next(i for i in range(len(data.ids)) if np.array_equal(data.ids[i:i + 32], ids[0]))
+    want = np.where(data.mask[place + 1:place + 33] > 0, data.ids[place + 1:place + 33].astype(int), -100)
+    assert np.array_equal(targets[0], want)
+
+
+def test_shuffled_order_reads_each_window_once():
+    data = TokenArray(np.arange(33))
+    batches = t.Batches([Phase(data)], TrainConfig(batch_size=1, order="shuffled"), 4)
+    first = [int(batches.next(0)[0][0, 0]) for _ in range(8)]
+    assert sorted(first) == list(range(0, 32, 4))
+
+
+def test_time_limit_ends_the_run_and_the_schedule():
+    config = TrainConfig(max_steps=None, max_seconds=1.0, warmup_steps=2, batch_size=2, log_every=1)
+    result = train(tiny(), stream(), config, progress=False)
+    assert result.history[-1]["seconds"] >= 1.0
+    assert result.history[-2]["seconds"] < 1.0
+    assert result.history[-1]["lr"] < 0.2 * config.lr
+
+
+# ------------------------------------------------------------------ checkpoints that survive
+
+def test_last_and_best_are_kept(tmp_path):
+    saved = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3, 4, 5):
+        saved.save(step, {"w": torch.tensor([float(step)])}, {}, {"step": step}, {})
+        if step == 2:
+            saved.mark_best(2, 1.0)
+    assert saved.steps() == [2, 4, 5] and saved.best() == 2
+    weights, _, state = saved.load(2)
+    assert weights["w"].item() == 2 and state == {"step": 2}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.pt", "manifest.json"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "gone"])
+def test_broken_file_falls_back(tmp_path, file, harm):
+    saved = Checkpoints(tmp_path)
+    for step in (1, 2):
+        saved.save(step, {"w": torch.ones(100)}, {"w:step": torch.ones(1)}, {"step": step}, {})
+    path = saved.path(2) / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink() if harm == "gone" else path.write_bytes(data if harm == "flip" else data[:-3])
+    with pytest.warns(UserWarning, match="broken"):
+        assert saved.newest() == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs resource limits")
+def test_full_disk_loses_nothing(tmp_path):
+    """Writes really fail: from step 20 on, no file of the process may grow over 10 kB."""
+    code = """
+import resource, sys, warnings
+sys.path.insert(0, sys.argv[2])
+import test_training as here
+from minigpt.training import Checkpoints, TrainConfig, train
+config = TrainConfig(max_steps=int(sys.argv[3]), batch_size=2, log_every=10, save_every=10, keep_last=1)
+
+def fill(row, model):
+    if row["step"] == 10:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    if row["step"] == 20 and sys.argv[4] == "freed":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        result = train(here.tiny(), here.stream(), config, out=sys.argv[1], callbacks=[fill], progress=False)
+        print("finished", result.step)
+    except OSError as error:
+        print("OSError", error)
+print([str(c.message) for c in caught])
+"""
+    jobs = [run_script(code, tmp_path / kind, Path(__file__).parent, 30, kind) for kind in ("freed", "full")]
+    freed, full = (job.communicate(timeout=300) for job in jobs)
+    assert "finished 30" in freed[0], freed
+    assert "step 20 could not be written" in freed[0] and "that of step 10 is kept" in freed[0]
+    assert Checkpoints(tmp_path / "freed").newest() == 30
+    assert "OSError the checkpoint of step 30 could not be written" in full[0], full
+    assert Checkpoints(tmp_path / "full").newest() == 10 and list((tmp_path / "full").glob(".step*")) == []
+
+
+def test_failing_evaluation_and_callback_do_not_end_the_run(tmp_path):
+    held = stream(400)
+    object.__setattr__(held, "mask", np.zeros((3, 3)))                  # breaks inside the evaluation, not before
+
+    def broken(row, model):
+        raise RuntimeError("no luck")
+
+    with pytest.warns(UserWarning) as caught:
+        result = train(tiny(), stream(), TrainConfig(max_steps=10, batch_size=2, eval_every=5, save_every=5), held=held,
+                       out=tmp_path, callbacks=[broken], progress=False)
+    texts = [str(w.message) for w in caught]
+    assert result.step == 10 and Checkpoints(tmp_path).newest() == 10
+    assert any("the evaluation at step 5 failed" in text for text in texts)
+    assert any("no luck" in text for text in texts)
+
+
+def test_nan_keeps_the_last_good_checkpoint(tmp_path):
+    config = TrainConfig(max_steps=40, batch_size=2, log_every=5, save_every=5)
+
+    def poison(row, model):
+        if row["step"] == 10:
+            with torch.no_grad():
+                model.ln_f.weight[0] = float("nan")
+
+    with pytest.raises(FloatingPointError, match=r"step 11: the loss is nan.*step-00000010.*lr=0\.00033"):
+        train(tiny(), stream(), config, out=tmp_path, callbacks=[poison], progress=False)
+    weights, _, state = Checkpoints(tmp_path).load(10)
+    assert state["step"] == 10 and all(torch.isfinite(w).all() for w in weights.values())
+
+
+# ------------------------------------------------------------------ bad input
+
+def test_tokens_of_another_tokenizer(tmp_path):
+    small = BPETokenizer.train(load_text(limit=30), 300, ["<|endoftext|>"], progress=False)
+    other = BPETokenizer.train(load_text(limit=60)[30:], 300, ["<|endoftext|>"], progress=False)
+    data = pack(load_text(limit=30), tmp_path / "a.tokens", small, progress=False)
+    config = TrainConfig(max_steps=1, batch_size=1)
+    with pytest.raises(ValueError, match="another tokenizer.*vocab_size is 100"):
+        train(GPT2(replace(SHAPE, vocab_size=100)), data, config, progress=False)
+    with pytest.raises(ValueError, match="tokenizer"):
+        train(tiny(), data, config, tokenizer=other, progress=False)
+    assert train(tiny(), data, config, tokenizer=small, progress=False).step == 1
+
+
+def test_resume_with_other_settings_lists_them(tmp_path):
+    config = TrainConfig(max_steps=4, batch_size=2, save_every=2)
+    train(tiny(), stream(), config, out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="earlier run"):
+        train(tiny(), stream(), config, out=tmp_path, progress=False)
+    changed = replace(config, max_steps=8, lr=3e-4, log_every=1)
+    with pytest.raises(ValueError) as caught:
+        train(tiny(dropout=0.1), stream(4000), changed, out=tmp_path, resume=True, progress=False)
+    text = str(caught.value)
+    for line in ("lr: 0.001 then, 0.0003 now", "max_steps: 4 then, 8 now", "model.dropout: 0.0 then, 0.1 now",
+                 "phase 1 tokens: 5000 then, 4000 now"):
+        assert line in text
+    assert "log_every" not in text
+    assert train(tiny(), stream(), changed, out=tmp_path, resume="force", progress=False).step == 8
+
+
+@pytest.mark.parametrize("data, changes, words", [
+    ([1, 2, 3], {}, "3 tokens are too few"), (np.zeros((4, 4)), {}, "one row of ids"),
+    (stream(), {"block_size": 64}, "at most 32"), (stream(), {"dtype": "float16"}, "CUDA only"),
+    (np.full(400, 300), {}, "vocab_size is 300")])
+def test_data_that_cannot_work(data, changes, words):
+    with pytest.raises(ValueError, match=words):
+        train(tiny(), data, TrainConfig(max_steps=1, device="cpu", **changes), progress=False)
+
+
+def test_batch_that_cannot_fit():
+    with pytest.raises(MemoryError, match=r"micro_batch=\d+ .*plan"):
+        train(tiny(), stream(), TrainConfig(max_steps=1, batch_size=10**8, device="cpu"), progress=False)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs an address-space limit")
+def test_running_out_of_memory_says_what_to_do():
+    code = """
+import resource, sys
+import numpy as np, torch
+sys.path.insert(0, sys.argv[1])
+import test_training as here
+from minigpt.training import Stepper, TrainConfig
+step = Stepper(here.tiny(), TrainConfig(micro_batch=4000))
+ids = np.zeros((4000, 32), np.int64)
+size = int(open("/proc/self/statm").read().split()[0]) * 4096 + 300_000_000
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+try:
+    step(ids, ids, 1e-3)
+except MemoryError as error:
+    print(error)
+"""
+    out, err = run_script(code, Path(__file__).parent).communicate(timeout=300)
+    assert "4000 windows at a time do not fit" in out and "micro_batch=2000" in out, err
+
+
+# ------------------------------------------------------------------ several processes
+
+RANKS = """
+import json, sys
+sys.path.insert(0, sys.argv[2])
+import test_training as here
+from minigpt.training import Phase, run_recipe, train
+from dataclasses import replace
+data = here.stream()
+phases = lambda: [Phase(data, 0.6), Phase(data, 1.0, "answers")]
+found = {}
+for kind in ("ddp", "fsdp"):
+    config = replace(here.SEVERAL, parallel=kind)
+    result = train(here.tiny(), phases(), config, held=here.stream(400, 1), out=f"{sys.argv[1]}/{kind}", progress=False)
+    found[kind] = [(r["loss"], r.get("held")) for r in result.history]
+    assert any(hasattr(p, "full_tensor") for p in result.model.parameters()) == (kind == "fsdp")
+# a recipe: rank 0 trains the tokenizer, packs and saves the whole model
+result = run_recipe(here.small_recipe(), out=f"{sys.argv[1]}/recipe", changes=here.SMALL | {"parallel": "fsdp"}, progress=False)
+found["recipe"] = [(r["loss"], r.get("held")) for r in result.history]
+# and go on with what one process began
+result = train(here.tiny(), phases(), replace(here.SEVERAL, parallel="fsdp"), held=here.stream(400, 1),
+               out=f"{sys.argv[1]}/one", resume=True, progress=False)
+found["one, then fsdp"] = [(r["loss"], r.get("held")) for r in result.history]
+import torch.distributed as dist
+if dist.get_rank() == 0:
+    with open(f"{sys.argv[1]}/found.json", "w") as file:
+        json.dump(found, file)
+"""
+SEVERAL = TrainConfig(max_steps=12, batch_size=8, micro_batch=2, lr=3e-3, warmup_steps=4, log_every=1, eval_every=6,
+                      save_every=6, eval_windows=8, device="cpu", keep_last=3)
+
+
+SMALL = {"max_steps": 6, "batch_size": 8, "save_every": 3, "eval_every": 3, "eval_windows": 2, "log_every": 1, "warmup_steps": 2}
+
+
+def small_recipe() -> dict:
+    """nano-stories with a model that takes no time."""
+    recipe = t.load_recipe("nano-stories")
+    recipe["model"] |= {"n_layer": 1, "n_embd": 32, "block_size": 64, "n_head": 2}
+    return recipe | {"tokenizer": {"train": 400}}
+
+
+def test_two_processes_are_one(tmp_path, ledger):
+    """DDP and FSDP2 over gloo against one process; checkpoints move between one and two."""
+    data, held = stream(), stream(400, 1)
+    phases = [Phase(data, 0.6), Phase(data, 1.0, "answers")]
+    one = train(tiny(), phases, SEVERAL, held=held, out=tmp_path / "one", progress=False)
+    shutil.rmtree(Checkpoints(tmp_path / "one").path(12))
+    script = tmp_path / "script.py"
+    script.write_text(RANKS, encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(script), str(tmp_path), str(Path(__file__).parent)], env=env, capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    alone = t.run_recipe(small_recipe(), out=tmp_path / "alone", changes=SMALL, progress=False)
+    for kind, rows in found.items():
+        want = [(r["loss"], r.get("held")) for r in (alone if kind == "recipe" else one).history]
+        assert len(rows) == len(want)
+        apart = max(abs(a - b) for pair, other in zip(rows, want) for a, b in zip(pair, other) if b is not None)
+        ledger(f"losses of two processes = one ({kind})", apart, peer="torch", bound=1e-5)
+        assert apart < 1e-5, kind
+    tensors = [GPT2.from_pretrained(tmp_path / name / "model").wte.weight for name in ("recipe", "alone")]
+    assert torch.allclose(*tensors, atol=1e-4)
+    for kind in ("ddp", "fsdp"):                                       # what two began, one goes on with
+        shutil.rmtree(Checkpoints(tmp_path / kind).path(12))
+        back = train(tiny(), phases, SEVERAL, held=held, out=tmp_path / kind, resume=True, progress=False)
+        assert max(abs(a["loss"] - b["loss"]) for a, b in zip(back.history, one.history)) < 1e-5
+
+
+def test_batch_must_divide_by_the_processes():
+    with pytest.raises(ValueError, match="batch_size=9 is no multiple of the 2"):
+        t.Batches([Phase(stream())], TrainConfig(batch_size=9), 32, Ranks(0, 2))
+
+
+def test_stream_is_split_by_rank_and_resumes():
+    datasets = pytest.importorskip("datasets")
+    tokenizer = BPETokenizer.from_pretrained()
+    rows = datasets.Dataset.from_dict({"text": [f"number {i} is here" for i in range(64)]}).to_iterable_dataset(4)
+
+    def read(sampler, batches):
+        return [sampler.next_batch() for _ in range(batches)]
+
+    texts = []
+    for rank in (0, 1):
+        sampler = StreamSampler(rows, tokenizer, 8, 2, ranks=Ranks(rank, 2))
+        ids = [i for b in read(sampler, 6) for i in b.x.flatten()]
+        texts.append({word for word in tokenizer.decode(ids).split() if word.isdigit()})
+        assert all(np.array_equal(b.ids[:, 1:], b.y) for b in read(sampler, 1))
+    assert len(texts[0]) > 8 and not texts[0] & texts[1]
+    sampler = StreamSampler(rows, tokenizer, 8, 2, ranks=Ranks(1, 2))
+    read(sampler, 3)
+    state = json.loads(json.dumps(sampler.state_dict()))
+    expected = [b.ids for b in read(sampler, 20)]                       # over the end of the stream
+    again = StreamSampler(rows, tokenizer, 8, 2, ranks=Ranks(1, 2))
+    again.load_state_dict(state)
+    assert all(np.array_equal(a, b.ids) for a, b in zip(expected, read(again, 20), strict=True))
+    alone = StreamSampler(rows, tokenizer, 8, 2)                        # another number of processes
+    alone.load_state_dict(state)
+    first = tokenizer.decode(alone.next_batch().x[0])
+    assert f"number {2 * state['read']} is" in first
+
+
+def test_stream_trains_and_resumes(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    tokenizer = BPETokenizer.train(load_text(limit=40), 300, ["<|endoftext|>"], progress=False)
+    rows = datasets.Dataset.from_dict({"text": load_text(limit=40)}).to_iterable_dataset()
+    config = TrainConfig(max_steps=8, batch_size=2, save_every=4, log_every=1)
+    results = []
+    for cut in (False, True):
+        out = tmp_path / str(cut)
+        for _ in range(1 + cut):
+            data = Phase(StreamSampler(rows, tokenizer, 32, 2))
+            result = train(tiny(), data, config, out=out, resume=True, progress=False)
+            if cut:
+                shutil.rmtree(Checkpoints(out).path(8))
+        results.append(result)
+    assert same(results[0].model, results[1].model)
+
+
+# ------------------------------------------------------------------ plan
+
+def test_plan_adds_up():
+    made = plan("gpt2", "24gb", tokens=3.6e9, price=2.0, block_size=512)
+    config = GPT2Config.preset("gpt2")
+    need = [config.memory(n, 512, "bfloat16", training=True).peak for n in (made.largest, made.largest + 1)]
+    assert need[0] <= 0.9 * made.available < need[1]
+    assert made.parameters == 124_439_808 and made.fits and not made.measured
+    assert made.hours == pytest.approx(3.6e9 / made.tokens_per_second / 3600)
+    assert made.cost == pytest.approx(2 * made.hours)
+    assert f"{made.largest} windows" in str(made)
+    twice = plan("gpt2", "24gb", batch=2 * made.largest, block_size=512)
+    assert not twice.fits and f"micro_batch={made.largest}" in str(twice)
+
+
+@pytest.mark.parametrize("machine", t.MACHINES)
+def test_plan_for_every_machine(machine):
+    made = plan("nano", machine, batch=1, block_size=32)
+    assert made.fits and made.measured == (machine == "cpu")
+    assert made.dtype == {"cpu": "float32", "t4": "float16"}.get(machine, "bfloat16")
+
+
+def test_plan_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="cpu, t4, 8gb, 24gb, h100"):
+        plan("mini", "tpu")
+    with pytest.raises(ValueError, match="not this one"):
+        plan("mini", "h100", measure=True)
+    assert plan("gpt2-xl", "8gb").largest == 0
+
+
+# ------------------------------------------------------------------ seeing
+
+def test_live_plot_writes_a_picture(tmp_path):
+    plot = LivePlot(tmp_path / "loss.png", every=0, reference="nano-stories")
+    train(tiny(), stream(), TrainConfig(max_steps=20, batch_size=2, log_every=10, eval_every=10), held=stream(400, 1),
+          callbacks=[plot], progress=False)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    axes = t.loss_figure(plot.rows, plot.band).axes
+    assert list(axes[0].lines[0].get_xdata()) == [10, 20]
+    assert np.allclose(axes[1].lines[0].get_ydata(), [math.exp(row["held"]) for row in plot.rows])
+
+
+def test_progress_line_has_what_it_promises(capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    train(tiny(), stream(), TrainConfig(max_steps=10, batch_size=2, log_every=5))
+    line = capsys.readouterr().err.split("\r")[-1]
+    for part in ("10/10", "loss ", "tokens/s", "MFU", "<"):
+        assert part in line
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = t.TensorBoardLog(tmp_path)
+    result = train(tiny(), stream(), TrainConfig(max_steps=10, batch_size=2, log_every=5), callbacks=[board], progress=False)
+    events = reader.EventAccumulator(str(tmp_path)).Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([row["loss"] for row in result.history])
+
+
+def test_reference_curve_judges():
+    band = t.reference_curve("nano-stories")
+    assert len(band["step"]) == len(band["low"]) == len(band["high"]) > 10
+    assert all(low <= high for low, high in zip(band["low"], band["high"]))
+    row = {"step": band["step"][5], "loss": (band["low"][5] + band["high"][5]) / 2}
+    assert t.against_reference([row], "nano-stories").endswith("normal")
+    assert "higher" in t.against_reference([row | {"loss": 2 * row["loss"]}], "nano-stories")
+    assert "lower" in t.against_reference([row | {"loss": 0.1}], "nano-stories")
+
+
+# ------------------------------------------------------------------ recipes
+
+@pytest.mark.parametrize("name", ["nano-stories", "mini-chat", "gpt2-small-wikipedia"])
+def test_recipes_load_and_ship(name):
+    recipe = t.load_recipe(name)
+    options = recipe["train"] | {"betas": tuple(recipe["train"].get("betas", (0.9, 0.95)))}
+    config = TrainConfig(**options)
+    GPT2Config.preset(**{"name" if k == "preset" else k: v for k, v in recipe["model"].items()})
+    assert recipe["name"] == name and config.max_steps
+    source = ROOT / "recipes" / f"{name}.toml"
+    if source.exists():                                                 # in a clone: the package's copy is the same
+        assert source.read_bytes() == t.find_recipe(name).read_bytes()
+
+
+def test_recipe_runs_resumes_and_answers(tmp_path):
+    recipe = small_recipe()
+    assert recipe["expect"]["held_perplexity"] > 1
+    first = t.run_recipe(recipe, out=tmp_path / "run", changes=SMALL, progress=False)
+    tokenizer = BPETokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert tokenizer.vocab_size == 400 and first.history[-1]["held"] < math.log(400)
+    loaded = GPT2.from_pretrained(tmp_path / "run" / "model")
+    ids = torch.tensor([tokenizer.encode("The history of")])
+    assert torch.allclose(loaded(ids), first.model(ids), atol=1e-5)
+    shutil.rmtree(Checkpoints(tmp_path / "run").path(6))
+    again = t.run_recipe(recipe, out=tmp_path / "run", changes=SMALL, resume=True, progress=False)
+    assert same(first.model, again.model)
+
+
+def test_recipe_with_chats_in_two_phases(tmp_path):
+    """mini-chat's two phases, on the bundled conversations and a small model."""
+    recipe = t.load_recipe("mini-chat")
+    for phase in recipe["phase"]:
+        phase["chats"] = "chats"
+    recipe["held"] = {"chats": "held"}
+    recipe["model"] |= {"n_layer": 1, "n_embd": 16, "n_head": 1, "block_size": 64}
+    recipe.pop("samples")
+    changes = {"max_steps": 4, "batch_size": 2, "compile": False, "eval_windows": 4, "log_every": 1, "warmup_steps": 2}
+    result = t.run_recipe(recipe, out=tmp_path / "run", changes=changes, progress=False)
+    assert result.step == 4 and {"held", "held_answers"} <= result.history[-1].keys()
+    sizes = sorted(len(TokenFile(p)) for p in (tmp_path / "run" / "data").glob("train-*.tokens"))
+    assert len(sizes) == 2 and sizes[0] < sizes[1]                     # the first phase has the plain stories too
+
+
+@pytest.mark.parametrize("text, words", [
+    ('[train]\nlearning = 1\n[[phase]]\ntext = "stories"', "knows no 'learning'"), ('name = "x"', "has no"),
+    ("name = ", "no TOML"), ('[[phase]]\ntexts = "a"', "knows no 'texts'"), ('extra = 1', "the recipe knows no 'extra'")])
+def test_bad_recipes_are_explained(tmp_path, text, words):
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=words):
+        t.load_recipe(tmp_path / "r.toml")
+
+
+def test_unknown_recipe_lists_those_there_are():
+    with pytest.raises(FileNotFoundError, match="gpt2-small-wikipedia, mini-chat, nano-stories"):
+        t.load_recipe("maxi")
+
+
+# ------------------------------------------------------------------ precision
+
+def test_bfloat16_trains_like_float32():
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        result = train(tiny(), stream(), TrainConfig(max_steps=30, lr=1e-2, warmup_steps=5, dtype=dtype, device="cpu"),
+                       progress=False)
+        assert result.model.wte.weight.dtype == torch.float32
+        losses[dtype] = result.history[-1]["loss"]
+    assert losses["float32"] < 4.5 and abs(losses["float32"] - losses["bfloat16"]) < 0.05
+
+
+def test_callers_generators_and_signals_are_given_back():
+    handler = signal.getsignal(signal.SIGINT)
+    train(tiny(), stream(), TrainConfig(max_steps=2, batch_size=1), progress=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_positions_belong_to_the_sampler():
+    """Two ranks together read what one reads, in the same order."""
+    data = stream()
+    whole = t.Batches([Phase(data)], TrainConfig(batch_size=4), 32).next(0)[0]
+    halves = [t.Batches([Phase(data)], TrainConfig(batch_size=4), 32, Ranks(r, 2)).next(0)[0] for r in (0, 1)]
+    assert np.array_equal(whole, np.concatenate(halves))
+    assert np.array_equal(whole, WindowSampler(data, 32, 4, seed=0).next_batch().x)
