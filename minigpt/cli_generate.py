@@ -127,9 +127,9 @@ def as_row(prompt: str, text, tokenizer, stop_strings: Sequence[str]) -> dict:
     row = {"prompt": prompt, "text": said, "tokens": len(text.ids),
            "finish_reason": "stop" if stopped else text.finish_reason}
     if text.score is not None:
-        row["score"] = round(text.score, 6)
+        row["score"] = round(text.score, 4)
     else:
-        row["logprob"] = round(sum(text.logprobs), 6)
+        row["logprob"] = round(sum(text.logprobs), 4)
     return row
 
 # %% ../nbs/05_generation.ipynb #writerows

@@ -236,9 +236,12 @@ def report_rows(report: dict) -> dict[str, str]:
     """What the table shows of one report: {measure: value as text}."""
     held, answers, choices = (report[k] for k in ("held", "answers",
                                                   "choices"))
-    rows = {"perplexity per token": held["all"]["perplexity"],
-            "bits per byte": held["all"]["bits_per_byte"]}
-    rows |= {f"  {k}": v["bits_per_byte"] for k, v in held["kinds"].items()}
+    rows = {}
+    for name, key in (("perplexity", "perplexity"),
+                      ("bits per byte", "bits_per_byte")):
+        rows[name] = held["all"][key]
+        rows |= {f"  {name}: {kind}": measures[key]
+                 for kind, measures in held["kinds"].items()}
     rows |= {"token accuracy": held["all"]["token_accuracy"],
              "calibration error": held["calibration"]["error"],
              "answers: BLEU": answers["all"]["bleu"],

@@ -46,6 +46,15 @@ def gradients(stepper: Stepper, ids: np.ndarray, targets: np.ndarray) -> torch.T
     return torch.cat([p.grad.flatten() for p in stepper.model.parameters()])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums in one order, here and in the processes that the tests start."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run_script(code: str, *args, env: dict | None = None) -> subprocess.Popen:
     settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=settings, text=True,
