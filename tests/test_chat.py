@@ -361,24 +361,26 @@ def test_after_a_cancelled_answer_the_next_one_is_right(small, how):
     assert session.reply("Three") == other.reply("Three")
 
 
-class Breaks(GPT2):
-    """Fails at one forward pass, as a full memory would."""
+class Breaks(torch.nn.Linear):
+    """Fails at one of its calls, as a full memory would."""
     fails_at = -1
 
-    def forward(self, *args, **kwargs):
+    def forward(self, x):
         self.fails_at -= 1
         if self.fails_at == 0:
             raise RuntimeError("out of memory")
-        return super().forward(*args, **kwargs)
+        return super().forward(x)
 
 
 def test_after_a_failure_it_is_as_if_nothing_was_asked(small):
-    broken = Breaks(small[0].config).eval()
-    broken.load_state_dict(small[0].state_dict())
-    session = ChatSession(broken, small[1], temperature=0, max_new_tokens=20)
+    model = GPT2(small[0].config).eval()
+    fragile = Breaks(*reversed(model.blocks[0].mlp.c_fc.weight.shape))
+    model.blocks[0].mlp.c_fc = fragile
+    model.load_state_dict(small[0].state_dict())
+    session = ChatSession(model, small[1], temperature=0, max_new_tokens=20)
     session.reply("One")
     before = session.messages
-    broken.fails_at = 5
+    fragile.fails_at = 5
     with pytest.raises(RuntimeError, match="out of memory"):
         session.reply("Two")
     assert session.messages == before
