@@ -176,7 +176,7 @@ def test_files_are_whole_and_not_overwritten(reports, tmp_path):
 
 def test_every_measure_is_in_the_table(reports):
     rows = report_rows(reports[1])
-    for measure in ("perplexity", "  bits per byte: context", "token accuracy", "calibration error", "answers: BLEU",
+    for measure in ("perplexity", "bits per byte", "  bits per byte: other", "token accuracy", "calibration error", "answers: BLEU",
                     "answers: chrF", "answers: F1", "answers: exact match", "answers: repetition", "answers: distinct-2",
                     "reading: rightly not said", "questions (byte)", "cloze, first guess", "minimal pairs"):
         assert measure in rows
