@@ -344,9 +344,10 @@ class Terminal:
 
         (A key that comes at the very moment when the prompt appears may get lost on its way into readline.)
         """
-        for _ in range(30):
+        for _ in range(3):
+            time.sleep(0.5)
             self.type(key)
-            end = time.monotonic() + 2
+            end = time.monotonic() + 30                # a second Ctrl-C while Python shuts down would kill it
             while time.monotonic() < end and self.process.poll() is None:
                 if select.select([self.ours], [], [], 0.1)[0]:
                     try:
@@ -355,7 +356,7 @@ class Terminal:
                         break
             if self.process.poll() is not None:
                 break
-        return self.process.wait(10)
+        return self.process.wait(30)
 
     def __enter__(self) -> "Terminal":
         return self
