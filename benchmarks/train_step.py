@@ -1,7 +1,8 @@
 """One optimizer step (forward, backward, AdamW) on CPU: tokens/s and share of the measured matrix-product speed.
 
-  python bench/train_step.py [--configs mini gpt2-small] [--dtypes fp32 bf16] [--rounds 5]
-                             [--nanogpt DIR] [--llms DIR] [--no-compile]
+  python benchmarks/train_step.py [--configs mini gpt2-small] [--dtypes fp32 bf16] [--rounds 5] [--forward]
+                                  [--nanogpt DIR] [--llms DIR] [--no-compile]
+  --forward: the forward pass and its loss alone, without gradients
   NANOGPT_DIR, LLMS_FROM_SCRATCH_DIR: checkouts of karpathy/nanoGPT and rasbt/LLMs-from-scratch
 
 All candidates of a config run in turn in every round, in one process, with the same optimizer
@@ -33,7 +34,7 @@ def load_project(cfg):
     from minigpt.gpt2 import GPT2, GPT2Config
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=cfg["vocab"], block_size=cfg["block"], n_layer=cfg["n_layer"],
-                            n_head=cfg["n_head"], n_embd=cfg["n_embd"], dropout=0.0))
+                            n_head=cfg["n_head"], n_embd=cfg["n_embd"])).train()
     return lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten()), model.parameters()
 
 
@@ -107,6 +108,7 @@ def main():
     ap.add_argument("--configs", nargs="*", default=list(m.CONFIGS))
     ap.add_argument("--dtypes", nargs="*", default=["fp32", "bf16"])
     ap.add_argument("--rounds", type=int, default=5)
+    ap.add_argument("--forward", action="store_true")
     ap.add_argument("--no-compile", action="store_true")
     a = ap.parse_args()
     torch.set_num_threads(c.threads())
@@ -125,6 +127,10 @@ def main():
             steps, times, cpus, losses = {}, {}, {}, {}
             for cand, (loss, opt) in made.items():
                 def step(loss=loss, opt=opt, cand=cand):
+                    if a.forward:
+                        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
+                            losses[cand] = loss(x, y).item()
+                        return
                     opt.zero_grad(set_to_none=True)
                     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
                         value = loss(x, y)
@@ -157,18 +163,18 @@ def main():
             base = c.summary((cpus if c.threads() == 1 else times).get("nanoGPT", [float("nan")]))["median"]
             for cand, ts in times.items():
                 s, cpu = c.summary(ts), c.summary(cpus[cand])["median"]
-                fast = m.flops_per_token(cfg) * tokens / (min(cpus[cand]) if c.threads() == 1 else s["min"]) / 1e9
-                rows.append({"config": name, "dtype": dtype, "model": cand, "tok_s": tokens / s["median"],
+                fast = m.flops_per_token(cfg) / (3 if a.forward else 1) * tokens / (min(cpus[cand]) if c.threads() == 1 else s["min"]) / 1e9
+                rows.append({"config": name, "dtype": dtype, "pass": "forward" if a.forward else "step", "model": cand, "tok_s": tokens / s["median"],
                              "min": tokens / s["max"], "max": tokens / s["min"], "tok_cpu_s": tokens / cpu,
                              "vs_nanoGPT": base / (cpu if c.threads() == 1 else s["median"]),
                              "gflop_s": fast, "mfu": fast / best, "loss": losses[cand]})
                 print(c.table(rows[-1:], list(rows[-1])).splitlines()[-1], file=sys.stderr, flush=True)
             del made, steps
             gc.collect()
-        optimizers += optimizer_rows(cfg, name, a.rounds)
+        optimizers += [] if a.forward else optimizer_rows(cfg, name, a.rounds)
     print(c.table(gemms, ["config", "dtype", "gemm", "gflop_s"]))
     print(c.table(optimizers, ["config", "adamw", "ms", "min", "max"]))
-    c.report("train_step", rows, ["config", "dtype", "model", "tok_s", "min", "max", "tok_cpu_s", "vs_nanoGPT", "gflop_s", "mfu", "loss"],
+    c.report("train_step", rows, ["config", "dtype", "pass", "model", "tok_s", "min", "max", "tok_cpu_s", "vs_nanoGPT", "gflop_s", "mfu", "loss"],
              gemm=gemms, optimizer=optimizers)
 
 

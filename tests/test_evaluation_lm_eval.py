@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from minigpt.bpe import BPETokenizer
-from minigpt.cli_eval import register, register_lm_eval
+from minigpt.cli_eval import register
 from minigpt.evaluation import load_questions
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.lm_eval_adapter import TASKS
@@ -77,7 +77,6 @@ def our_command(arguments):
     """`minigpt lm-eval ...`, here in this process."""
     app = typer.Typer()
     register(app)
-    register_lm_eval(app)
     run = CliRunner().invoke(app, ["lm-eval", *arguments])
     assert run.exit_code == 0, run.output[-3000:]
 

@@ -16,6 +16,15 @@ transformers = pytest.importorskip("transformers")
 INF = float("inf")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Single tokens of small models: threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def model():
     return GPT2.from_pretrained()

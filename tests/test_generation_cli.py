@@ -15,12 +15,6 @@ from minigpt.generation import Decoder, beam_search, generate
 from minigpt.gpt2 import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN = """
-from minigpt import cli, cli_generate
-if "generate" not in {command.name for command in cli.app.registered_commands}:
-    cli_generate.register(cli.app)
-cli.main()
-"""
 
 
 def run(*arguments, data=b"", code=0):
@@ -39,7 +33,7 @@ def run(*arguments, data=b"", code=0):
 def run_process(*arguments, data=b"", code=0):
     """The command as a process of its own."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", MAIN, "generate", *map(str, arguments)], input=data, env=env,
+    done = subprocess.run([sys.executable, "-m", "minigpt", "generate", *map(str, arguments)], input=data, env=env,
                           capture_output=True, timeout=300)
     assert done.returncode == code, done.stderr.decode()
     return done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
@@ -158,7 +152,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
 def test_results_come_as_they_are_drawn(folder):
     """The first line is out while the process still works on the others."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([sys.executable, "-c", MAIN, "generate", "--model", str(folder), "--batch-size", "1",
+    process = subprocess.Popen([sys.executable, "-m", "minigpt", "generate", "--model", str(folder), "--batch-size", "1",
                                 "--num-return", "400", "--max-new-tokens", "40", "One"], stdout=subprocess.PIPE, env=env)
     try:
         assert json.loads(process.stdout.readline())["prompt"] == "One"

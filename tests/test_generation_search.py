@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from minigpt import generation as g
-from test_generation import as_hf, hf_generate, model, new_tokens, prompts, tiny, tokenizer, hf  # noqa: F401
+from test_generation import (as_hf, hf, hf_generate, model, new_tokens, one_thread, prompts, tiny,  # noqa: F401
+                             tokenizer)
 
 
 def same_beams(ours, out, prompt, stop):
@@ -22,9 +23,9 @@ def same_beams(ours, out, prompt, stop):
 def test_beams_equal_transformers_on_50_prompts(model, hf, prompts, ledger):  # noqa: F811
     decoder, stop, wrong, worst = g.Decoder(model), (0, 1, 2), 0, 0.0
     for ids in prompts:
-        out = hf_generate(hf, ids, num_beams=4, num_return_sequences=2, max_new_tokens=5, eos_token_id=list(stop),
+        out = hf_generate(hf, ids, num_beams=4, num_return_sequences=2, max_new_tokens=4, eos_token_id=list(stop),
                           output_scores=True)
-        ours = g.beam_search(model, ids, num_beams=4, num_return=2, max_new_tokens=5, stop_ids=stop, decoder=decoder)
+        ours = g.beam_search(model, ids, num_beams=4, num_return=2, max_new_tokens=4, stop_ids=stop, decoder=decoder)
         same, off = same_beams(ours, out, ids, stop)
         wrong, worst = wrong + (not same), max(worst, off)
     ledger("beam search, 50 prompts, 4 beams, 2 results: prompts with other tokens", wrong, peer="transformers", bound=0)
@@ -32,7 +33,7 @@ def test_beams_equal_transformers_on_50_prompts(model, hf, prompts, ledger):  # 
     assert wrong == 0 and worst <= 1e-5
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_beam_settings_equal_transformers(seed, tmp_path):
     """Every combination of length penalty, early stopping and stop tokens, on a random model in which texts do end."""
     model = tiny(seed, vocab_size=12, spread=3.0)
@@ -188,9 +189,9 @@ def limit(freedom):
 
 @pytest.mark.parametrize("name", ["model", "ngram"])
 def test_speculation_draws_from_the_same_distribution(name, ledger):
-    """1,200 texts of three tokens over a vocabulary of five, against the chances computed from the model."""
+    """1,000 texts of three tokens over a vocabulary of five, against the chances computed from the model."""
     shape = dict(vocab_size=5, n_layer=1, n_embd=8, spread=9.0)
-    model, other, runs = tiny(2, **shape), tiny(3, **shape), 1200  # noqa: F811
+    model, other, runs = tiny(2, **shape), tiny(3, **shape), 1000  # noqa: F811
     options = g.Options(temperature=1.3, top_k=4, max_new_tokens=3)
     draft = g.ModelDraft(other, options) if name == "model" else g.NGramDraft([[1, 2, 3, 1, 4, 0, 0, 2]])
     decoder, counts, expected = g.Decoder(model), Counter(), {}

@@ -119,9 +119,8 @@ def is_clean(path: Path) -> bool:
 # ------------------------------------------------------------------ stamp
 
 def _imports(code: str) -> set[str]:
-    """Modules of minigpt that a piece of code imports, by its text."""
-    code = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in code.splitlines())
-    code = re.sub(r"(?m)^(\s*)(%|!).*$", r"\1pass", code)
+    """Modules of minigpt that a piece of code imports, by its text; lines of IPython's own (%pip) are left out."""
+    code = re.sub(r"(?m)^(\s*)(%\w|!\w).*$", r"\1pass", code)
     found: set[str] = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
@@ -138,8 +137,7 @@ def fingerprint(nb: dict) -> str:
     code = [source(c) for c in nb["cells"] if c["cell_type"] == "code"]
     todo, seen = {"__init__"}, {}
     for cell in code:
-        todo |= _imports("\n".join(l if not l.lstrip().startswith(("%", "!")) else "" for l in cell.splitlines())
-                         if "%pip" not in cell else "")
+        todo |= _imports(cell)
     while todo:
         name = todo.pop()
         path = LIB / f"{name}.py"

@@ -1,0 +1,487 @@
+"""GPT-2's parts, shapes, names, files and inspection; the parity with transformers is in test_gpt2_parity.py."""
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minigpt.attention import attention
+from minigpt.bpe import BPETokenizer
+from minigpt.gpt2 import (ASSETS, GPT2, HUB_NAMES, PRESETS, Block, GPT2Config, KVCache, TanhGELU, dequantize_rows,
+                          find_model, gelu, init_weights, logit_lens, pick_device, pick_dtype, quantize_rows, save_int8,
+                          trace, trace_names, write_aside)
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = GPT2Config(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=8, bos_token_id=0, eos_token_id=1)
+
+
+@pytest.fixture
+def tiny() -> GPT2:
+    torch.manual_seed(0)
+    model = GPT2(TINY).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def ids_of(batch: int = 2, length: int = 10, vocab: int = 50) -> torch.Tensor:
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+# ------------------------------------------------------------------ shapes
+
+@pytest.mark.parametrize("name, millions", [("gpt2", 124.439808), ("gpt2-medium", 354.823168), ("gpt2-large", 774.03008),
+                                            ("gpt2-xl", 1557.6112), ("mini", 35.984384), ("nano", 1.088256)])
+def test_parameters_of_the_presets(name, millions):
+    """OpenAI's counts are those of the released checkpoints; every count equals what torch allocates."""
+    config = GPT2Config.preset(name)
+    assert sum(config.parts().values()) == round(millions * 1e6)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GPT2(config).parameters()) == round(millions * 1e6)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("vocab_size", 0), ("n_layer", -1), ("n_head", 2.0), ("n_embd", "64"), ("dropout", 1.0), ("dropout", -0.1),
+    ("activation", "relu"), ("layer_norm_epsilon", 0.0), ("n_head", 7)])
+def test_shapes_that_cannot_be_built(field, value):
+    with pytest.raises(ValueError, match=f"{value}"):
+        GPT2Config(**{field: value})
+
+
+def test_unknown_preset_lists_them():
+    with pytest.raises(ValueError, match="gpt3.*nano"):
+        GPT2Config.preset("gpt3")
+    with pytest.raises(TypeError, match="layers"):
+        GPT2Config.preset("nano", layers=3)
+
+
+def test_config_there_and_back():
+    config = GPT2Config.preset("mini", dropout=0.1, activation="gelu", layer_norm_epsilon=1e-6, eos_token_id=None)
+    assert GPT2Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert GPT2Config(vocab_size=100).to_hf()["eos_token_id"] is None  # 50256 would lie outside
+
+
+@pytest.mark.parametrize("change", [
+    {"model_type": "llama"}, {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}, {"n_inner": 100},
+    {"add_cross_attention": True}, {"tie_word_embeddings": False}, {"activation_function": "relu"}, {"n_embd": None}])
+def test_variants_are_refused(change):
+    name, = change
+    with pytest.raises(ValueError, match="activation" if name == "activation_function" else name):
+        GPT2Config.from_hf(TINY.to_hf() | change)
+
+
+def test_devices_and_dtypes():
+    assert pick_device("cpu") == torch.device("cpu") and pick_device("auto") == pick_device()
+    assert pick_dtype("cpu") == torch.float32 and pick_dtype("cpu", "bfloat16") == torch.bfloat16
+    assert pick_dtype("cpu", torch.float16) == torch.float16 and pick_dtype("cpu", "auto") == torch.float32
+    for bad in ("gpu", "cuda:x"):
+        with pytest.raises(ValueError, match=bad):
+            pick_device(bad)
+    for bad in ("int8", "float", "relu", torch.int64):
+        with pytest.raises(ValueError):
+            pick_dtype("cpu", "nonsense" if bad == "float" else bad)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="not available"):
+            pick_device("cuda")
+
+
+# ------------------------------------------------------------------ parts
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 4e-6), (torch.float64, 1e-12), (torch.bfloat16, 2 ** -5),
+                                          (torch.float16, 2 ** -7)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tanh_gelu_and_its_slope(dtype, bound, threads, ledger):
+    """Against torch's in float64; the bounds of the 16-bit types are one unit of their last digit at 9."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.linspace(-9, 9, TanhGELU.PIECE * 2 + 77).to(dtype).requires_grad_()
+        y, slope = gelu(x), torch.autograd.grad(gelu(x).sum(), x)[0]
+    finally:
+        torch.set_num_threads(before)
+    wide = x.detach().double().requires_grad_()
+    right = F.gelu(wide, approximate="tanh")
+    right_slope, = torch.autograd.grad(right.sum(), wide)
+    assert y.dtype == slope.dtype == dtype
+    for name, mine, exact in (("value", y, right), ("slope", slope, right_slope)):
+        off = (mine.double() - exact.to(dtype).double()).abs().max().item()
+        ledger(f"GELU by sigmoid, {name}, {dtype}", off, peer="torch", bound=bound)
+        assert off <= bound
+
+
+def test_second_derivative_is_refused_not_wrong():
+    x = torch.randn(TanhGELU.PIECE // 2, requires_grad=True)
+    slope, = torch.autograd.grad(gelu(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_block_equals_torchs_encoder_layer(ledger):
+    torch.manual_seed(0)
+    config = GPT2Config.preset("nano")
+    block = Block(config)
+    peer = torch.nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, norm_first=True, batch_first=True,
+                                            activation=lambda x: F.gelu(x, approximate="tanh"))
+    names = {"self_attn.in_proj_": "attn.c_attn.", "self_attn.out_proj.": "attn.c_proj.", "linear1.": "mlp.c_fc.",
+             "linear2.": "mlp.c_proj.", "norm1.": "ln_1.", "norm2.": "ln_2."}
+    ours = block.state_dict()
+    peer.load_state_dict({a + end: ours[b + end] for a, b in names.items() for end in ("weight", "bias")})
+    x = torch.randn(3, 20, 128)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(20)
+    difference = (block(x) - peer(x, src_mask=mask)).abs().max().item()
+    ledger("a block", difference, peer="torch", bound=1e-5)
+    assert difference <= 1e-5
+
+
+def test_tied_table_gets_both_gradients():
+    """The look-up's sparse gradient plus the head's, against a model whose two tables are apart."""
+    torch.manual_seed(0)
+    model = GPT2(TINY).train()
+    ids = ids_of()
+    F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+    both = model.wte.weight.grad
+    assert not both.is_sparse
+    model.eval()                               # dense look-up
+    hidden = {}
+    model.ln_f.register_forward_hook(lambda m, a, out: hidden.update(out=out))
+    logits = model(ids)
+    looked_up, = torch.autograd.grad(F.cross_entropy((hidden["out"] @ model.wte.weight.detach().T).flatten(0, 1),
+                                                     ids.flatten()), model.wte.weight, retain_graph=True)
+    whole, = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), ids.flatten()), model.wte.weight)
+    assert torch.allclose(both, whole, atol=1e-7) and not torch.allclose(both, looked_up, atol=1e-5)
+
+
+def test_gradients_add_up_over_two_backwards():
+    torch.manual_seed(0)
+    model = GPT2(TINY).train()
+    ids = ids_of(4)
+    F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+    once = model.wte.weight.grad.clone()
+    model.zero_grad()
+    for half in ids.chunk(2):
+        (F.cross_entropy(model(half).flatten(0, 1), half.flatten()) / 2).backward()
+    assert torch.allclose(model.wte.weight.grad, once, atol=1e-6)
+
+
+def test_initial_weights_and_loss():
+    torch.manual_seed(0)
+    config = GPT2Config.preset("nano", n_layer=8)
+    model = GPT2(config).eval()
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            expected = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+        elif name.endswith("bias"):
+            assert not p.any()
+    ids = ids_of(4, 64, 2048)
+    loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert loss == pytest.approx(math.log(2048), abs=0.15)
+    before = model.blocks[0].attn.c_proj.weight.clone()
+    init_weights(model, 8)
+    assert not torch.equal(before, model.blocks[0].attn.c_proj.weight)
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=8, dropout=0.5))
+    ids = ids_of()
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+# ------------------------------------------------------------------ bad ids, the cache
+
+@pytest.mark.parametrize("ids, error, said", [
+    (torch.tensor([[3, 50]]), ValueError, "id 50 .*0...49"), (torch.tensor([[-1]]), ValueError, "id -1"),
+    (torch.zeros(1, 17).long(), ValueError, "17 tokens.*block_size=16"), (torch.zeros(4).long(), ValueError, r"\(B, T\)"),
+    (torch.zeros(1, 0).long(), ValueError, "one token or more"), (torch.zeros(1, 3), TypeError, "whole numbers")])
+def test_bad_ids(tiny, ids, error, said):
+    with pytest.raises(error, match=said):
+        tiny(ids)
+
+
+def test_cache_in_pieces_equals_one_pass(tiny):
+    ids, whole = ids_of(), tiny(ids_of())
+    for sizes in ([1] * 10, [4, 1, 5], [10]):
+        cache = KVCache(TINY, 2, 12)
+        parts = [tiny(part, cache) for part in ids.split(sizes, dim=1)]
+        assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+        assert cache.length == 10
+    assert torch.allclose(tiny(ids, last_only=True), whole[:, -1:], atol=1e-6)
+
+
+def test_cut_and_reordered_cache_goes_on_rightly(tiny):
+    ids = ids_of(3, 9)
+    cache = KVCache(TINY, 3)
+    tiny(ids, cache)
+    cache.truncate(5)
+    assert torch.allclose(tiny(ids[:, 5:], cache), tiny(ids)[:, 5:], atol=1e-5)
+    cache.reorder(torch.tensor([2, 0]))
+    more = ids_of(2, 1)
+    expected = tiny(torch.cat([ids[[2, 0]], more], 1))[:, -1:]
+    assert torch.allclose(tiny(more, cache), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot cut 10"):
+        cache.truncate(11)
+
+
+def test_padded_rows_equal_single_ones_in_every_piece(tiny):
+    rows = [ids_of(1, n)[0] for n in (3, 8, 1)]
+    pad = torch.tensor([8 - len(r) for r in rows])
+    left = torch.stack([F.pad(r, (8 - len(r), 0)) for r in rows])
+    cache = KVCache(TINY, 3, pad=pad)
+    tiny(left[:, :4], cache)
+    logits = tiny(left[:, 4:], cache)[:, -1]
+    step = tiny(ids_of(3, 1), cache)[:, -1]
+    for i, row in enumerate(rows):
+        assert torch.allclose(logits[i], tiny(row[None])[0, -1], atol=1e-5)
+        longer = torch.cat([row, ids_of(3, 1)[i]])
+        assert torch.allclose(step[i], tiny(longer[None])[0, -1], atol=1e-5)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(max_length=17), "max_length=17"), (dict(max_length=0), "max_length=0"), (dict(pad=torch.zeros(2).long()), "pad")])
+def test_caches_that_cannot_be(options, said):
+    with pytest.raises(ValueError, match=said):
+        KVCache(TINY, 3, **options)
+
+
+def test_full_or_foreign_cache(tiny):
+    cache = KVCache(TINY, 1, 4)
+    tiny(ids_of(1, 4), cache)
+    with pytest.raises(ValueError, match="room=4"):
+        tiny(ids_of(1, 1), cache)
+    with pytest.raises(ValueError, match="2 rows.*cache of 1"):
+        tiny(ids_of(2, 1), cache)
+
+
+# ------------------------------------------------------------------ names and files
+
+def test_names_of_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_model() == find_model("minigpt-chat") == ASSETS / "minigpt-chat"
+    with pytest.raises(ValueError, match="'gpt5'.*minigpt-chat.*gpt2-xl.*owner/name"):
+        find_model("gpt5")
+    with pytest.raises(ValueError, match="nowhere"):
+        find_model(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no/such/folder"):
+        GPT2.from_pretrained("no/such/folder")
+    (tmp_path / "gpt2").mkdir()
+    assert find_model("gpt2") == Path("gpt2")  # what lies here comes first
+    assert set(HUB_NAMES) == {name for name in PRESETS if name.startswith("gpt2")}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "somebody/some-model"])
+def test_hub_name_offline_says_what_to_do(name):
+    code = (f"from minigpt.gpt2 import GPT2\ntry:\n    GPT2.from_pretrained({name!r}, revision='v1')\n"
+            "except FileNotFoundError as error:\n    print(error)")
+    with_cache = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(ROOT / "tests" / "no-such-cache")}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=with_cache)
+    assert HUB_NAMES.get(name, name) in out.stdout and "HF_HUB_OFFLINE" in out.stdout and "'v1'" in out.stdout, out.stderr
+    assert len(out.stdout.strip().splitlines()) == 1
+
+
+def test_a_model_in_the_hubs_cache_opens_offline(tiny, tmp_path):
+    """The layout of huggingface_hub's cache, built by hand: refs/main names a snapshot."""
+    repo = tmp_path / "hub" / "models--openai-community--gpt2"
+    tiny.save_pretrained(repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    code = "from minigpt.gpt2 import GPT2\nprint(GPT2.from_pretrained('gpt2').config.n_embd)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
+    assert out.stdout.strip() == "8", out.stderr
+
+
+def test_folder_there_and_back(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "a" / "model")
+    again = GPT2.from_pretrained(str(tmp_path / "a" / "model"))
+    assert again.config == TINY and not again.training
+    assert all(torch.equal(p, q) for p, q in zip(tiny.parameters(), again.parameters()))
+    half = GPT2.from_pretrained(tmp_path / "a" / "model", dtype="bfloat16", dropout=0.2)
+    assert half.dtype == torch.bfloat16 and half.config.dropout == 0.2
+    half.save_pretrained(tmp_path / "half")
+    config = json.loads((tmp_path / "half" / "config.json").read_text(encoding="utf-8"))
+    assert config["torch_dtype"] == "bfloat16"
+    card = (tmp_path / "half" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and f"{sum(TINY.parts().values()):,} parameters" in card
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_saving_keeps_what_is_there(tiny, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "README.md").write_text("mine", encoding="utf-8")
+    (folder / "notes.txt").write_text("mine too", encoding="utf-8")
+    tiny.save_pretrained(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    other = GPT2(TINY)
+    for save in (other.save_pretrained, lambda f: save_int8(other, f)):
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            save(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    other.save_pretrained(folder, overwrite=True)
+    assert (folder / "model.safetensors").read_bytes() != before
+    assert (folder / "README.md").read_text(encoding="utf-8") == "mine" and (folder / "notes.txt").exists()
+    with pytest.raises(FileExistsError, match="is a file"):
+        tiny.save_pretrained(folder / "notes.txt")
+
+
+def test_a_write_that_fails_leaves_everything(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+
+    def fails(aside: Path) -> None:
+        (aside / "config.json").write_text("{}", encoding="utf-8")
+        raise OSError("no space left on device")
+    with pytest.raises(OSError, match="no space"):
+        write_aside(tmp_path / "model", fails, overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of Unix")
+@pytest.mark.parametrize("save", [lambda m, f: m.save_pretrained(f), save_int8])
+def test_weights_are_as_readable_as_the_config(tiny, tmp_path, save):
+    save(tiny, tmp_path / "m")
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "m").iterdir()}
+    assert len(modes) == 1
+
+
+def test_tokenizer_with_more_ids_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="20000 ids.*only 50"):
+        tiny.save_pretrained(tmp_path / "m", BPETokenizer.from_pretrained())
+    assert not (tmp_path / "m").exists()
+
+
+def change_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"wte.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def change_weights(change):
+    def act(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return act
+
+
+@pytest.mark.parametrize("damage, error, said", [
+    (change_index, FileNotFoundError, "model-00001-of-00002.safetensors is missing"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), FileNotFoundError, "they can run code"),
+    (lambda f: (f / "model.safetensors").write_bytes(b""), ValueError, "damaged or cut short"),
+    (lambda f: (f / "config.json").write_text("{", encoding="utf-8"), ValueError, "config.json"),
+    (lambda f: (f / "config.json").write_text("[1]", encoding="utf-8"), ValueError, "config.json"),
+    (change_weights(lambda w: w.pop("transformer.ln_f.bias")), ValueError, "lacks the tensor 'ln_f.bias'"),
+    (change_weights(lambda w: w.update({"transformer.h.2.ln_1.bias": torch.zeros(8)})), ValueError, "blocks.2.ln_1.bias"),
+    (change_weights(lambda w: w.update({"lm_head.weight": torch.zeros(50, 8)})), ValueError, "output head of its own"),
+    (change_weights(lambda w: w.update({"transformer.wte.weight": torch.zeros(51, 8)})), ValueError, "vocabulary mismatch"),
+])
+def test_damaged_folders(tiny, tmp_path, damage, error, said):
+    tiny.save_pretrained(tmp_path / "m")
+    damage(tmp_path / "m")
+    with pytest.raises(error, match=said):
+        GPT2.from_pretrained(tmp_path / "m")
+
+
+def test_stored_masks_and_a_tied_head_are_taken(tiny, tmp_path):
+    """Old files hold the causal mask as a buffer, others the head once more."""
+    def add(weights: dict) -> None:
+        weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+        weights["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    tiny.save_pretrained(tmp_path / "m")
+    change_weights(add)(tmp_path / "m")
+    assert torch.equal(GPT2.from_pretrained(tmp_path / "m")(ids_of()), tiny(ids_of()))
+
+
+def test_int8_folder(tiny, tmp_path):
+    save_int8(tiny, tmp_path / "m")
+    small = GPT2.from_pretrained(tmp_path / "m")
+    for (name, p), q in zip(tiny.named_parameters(), small.parameters()):
+        step = p.abs().amax(-1, keepdim=True) / 127 if p.dim() == 2 and "wpe" not in name else p.abs() * 2e-3
+        assert ((p - q).abs() <= step * 0.51 + 1e-6).all(), name
+    again, scale = quantize_rows(small.wte.weight.detach())
+    assert torch.equal(dequantize_rows(again, scale), small.wte.weight)  # nothing is lost a second time
+
+
+def test_rows_of_zeros_and_of_tiny_numbers():
+    weight = torch.tensor([[0.0, 0.0], [1e-9, -1e-9], [1e-3, -2e-4], [60.0, -3.0]])
+    steps, scale = quantize_rows(weight)
+    back = dequantize_rows(steps, scale)
+    assert torch.isfinite(back).all() and not back[0].any()
+    assert torch.allclose(back, weight, atol=0.25, rtol=0) and torch.allclose(back[2], weight[2], atol=1e-5)
+
+
+def test_loading_reads_no_random_numbers():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model = GPT2.from_pretrained()
+    assert torch.equal(torch.rand(3), expected)
+    assert model.config == GPT2Config.preset("mini") and model.dtype == torch.float32
+    assert all(p.is_contiguous() and p.requires_grad for p in model.parameters())
+
+
+# ------------------------------------------------------------------ inspection
+
+def test_every_name_is_traced_and_true(tiny):
+    ids = ids_of()
+    with torch.no_grad():
+        seen, logits = tiny.trace(ids), tiny(ids)
+    assert list(seen) == trace_names(TINY) and len(seen) == 4 + 2 * 14
+    assert torch.allclose(seen["logits"], logits, atol=1e-5)
+    assert torch.equal(seen["embed"], tiny.wte.weight[ids]) and torch.equal(seen["pos_embed"], tiny.wpe.weight[:10])
+    for n, block in enumerate(tiny.blocks):
+        got = {name.removeprefix(f"blocks.{n}."): t for name, t in seen.items()}
+        assert torch.allclose(got["attn.out"], block.attn(block.ln_1(got["resid_pre"])), atol=1e-5)
+        assert torch.allclose(got["resid_mid"], got["resid_pre"] + got["attn.out"], atol=1e-6)
+        assert torch.allclose(got["mlp.act"], F.gelu(got["mlp.pre"], approximate="tanh"), atol=1e-5)
+        assert torch.allclose(got["resid_post"], got["resid_mid"] + got["mlp.out"], atol=1e-6)
+        z, pattern = attention(got["attn.q"], got["attn.k"], got["attn.v"])
+        assert torch.allclose(got["attn.z"], z, atol=1e-6) and torch.allclose(got["attn.pattern"], pattern, atol=1e-6)
+    assert torch.equal(seen["blocks.0.resid_pre"], seen["embed"] + seen["pos_embed"])
+    assert torch.allclose(seen["ln_f"] @ tiny.wte.weight.T, seen["logits"], atol=1e-5)
+
+
+def test_tracing_leaves_no_trace(tiny):
+    told = []
+    tiny.blocks[1].attn.tap = lambda name, tensor: told.append(name)  # somebody else's
+    mine = tiny.blocks[1].attn.tap
+    trace(tiny, ids_of(), ["blocks.1.attn.q", "blocks.1.attn.z", "ln_f"])
+    assert told == ["q", "k", "v", "pattern", "z"] and tiny.blocks[1].attn.tap is mine
+    with pytest.raises(ValueError, match="id 99"):
+        trace(tiny, torch.tensor([[99]]))
+    for module in tiny.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+        assert getattr(module, "tap", None) in (None, mine)
+
+
+def test_trace_without_taps_is_the_ordinary_pass(tiny):
+    with torch.no_grad():
+        assert torch.equal(tiny.trace(ids_of(), ["*.resid_post", "logits"])["logits"], tiny(ids_of()))
+
+
+@pytest.mark.parametrize("pattern", ["blocks.9.ln_1", "blocks.0.attn.patern", "", "*.nothing"])
+def test_unknown_names_suggest_one(tiny, pattern):
+    with pytest.raises(ValueError, match="did you mean"):
+        tiny.trace(ids_of(), pattern)
+
+
+def test_logit_lens_ends_in_the_logits(tiny):
+    lens = logit_lens(tiny, ids_of())
+    assert lens.shape == (3, 2, 10, 50) and torch.allclose(lens[-1], tiny(ids_of()), atol=1e-5)
+    start = tiny.ln_f(tiny.wte.weight[ids_of()] + tiny.wpe.weight[:10]) @ tiny.wte.weight.T
+    assert torch.allclose(lens[0], start, atol=1e-5)

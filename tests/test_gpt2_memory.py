@@ -1,0 +1,94 @@
+"""GPT2Config.memory() against the memory that a fresh process really takes, as Linux counts it."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt.gpt2 import GPT2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self")
+
+# One pass or two training steps of a fresh model; a smaller one runs first, so that libraries are loaded by then.
+MEASURE = """
+import ctypes, gc, sys
+import torch, torch.nn.functional as F
+from minigpt.gpt2 import GPT2, GPT2Config
+
+name, batch, block, dtype, training = sys.argv[1], *map(int, sys.argv[2:4]), getattr(torch, sys.argv[4]), sys.argv[5]
+torch.set_num_threads(1)
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+def forget_peak():
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+def run(config, batch, block):
+    model = GPT2(config)
+    ids = torch.zeros(batch, block, dtype=torch.long)
+    if training == "forward":
+        model = model.to(dtype).eval()
+        forget_peak()
+        with torch.inference_mode():
+            model(ids)
+            model(ids)
+        return
+    forget_peak()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+        loss.backward()
+        optimizer.step()
+
+run(GPT2Config.preset("nano", n_layer=1, block_size=64), 1, 32)
+forget_peak()
+base = status("VmRSS")
+run(GPT2Config.preset(name), batch, block)
+print(status("VmHWM") - base)
+"""
+
+
+def measured(*arguments) -> int:
+    out = subprocess.run([sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0, out.stderr[-800:]
+    return int(out.stdout)
+
+
+@pytest.mark.parametrize("name, batch, block, dtype, kind", [
+    ("nano", 16, 256, "float32", "forward"), ("nano", 32, 256, "float32", "training"),
+    ("mini", 4, 256, "float32", "forward"), ("mini", 4, 256, "float32", "training"),
+    ("mini", 4, 256, "bfloat16", "training"),
+    ("gpt2", 2, 256, "float32", "forward"), ("gpt2", 1, 256, "float32", "training"),
+])
+def test_memory_is_within_15_percent(name, batch, block, dtype, kind, ledger):
+    need = GPT2Config.preset(name).memory(batch, block, dtype, training=kind == "training")
+    real = measured(name, batch, block, dtype, kind)
+    ledger(f"memory of {name}, {kind} {batch} x {block}, {dtype}: estimate / measured", need.peak / real, bound=0.15)
+    assert abs(need.peak / real - 1) <= 0.15, f"estimated {need}, measured {real / 2**20:.0f} MiB"
+
+
+def test_parts_of_the_estimate():
+    config = GPT2Config.preset("mini")
+    need = config.memory(4, 256, training=True)
+    assert need.weights == 4 * sum(config.parts().values()) == need.gradients == need.optimizer // 2
+    assert need.peak > need.weights + need.optimizer + need.activations
+    half = config.memory(4, 256, "bfloat16")
+    assert half.weights * 2 == need.weights and half.gradients == half.optimizer == 0
+    assert config.memory(8, 256).activations == 2 * config.memory(4, 256).activations
+    assert config.memory(1).peak == config.memory(1, 1024).peak
+    assert "weights 137 MiB" in str(need)
+
+
+@pytest.mark.parametrize("batch, block, dtype", [(0, 8, "float32"), (1, 0, "float32"), (1, 1025, "float32"), (1, 8, "int8")])
+def test_sizes_that_cannot_be(batch, block, dtype):
+    with pytest.raises(ValueError):
+        GPT2Config.preset("mini").memory(batch, block, dtype)
