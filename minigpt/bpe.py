@@ -876,7 +876,9 @@ CHAT_TEMPLATE = (
     "{%- set ns = namespace(system='') -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}"
+    "{%- if message['content'] | trim -%}"
     "{%- set ns.system = message['content'] | trim + '\n\n' -%}"
+    "{%- endif -%}"
     "{%- else -%}"
     "{{- '<|im_start|>' + message['role'] + '\n' + ns.system"
     " + message['content'] | trim + '<|im_end|>\n' -}}"
@@ -894,7 +896,8 @@ def tokenizer_config(vocabulary: Vocabulary) -> dict:
     config = {"tokenizer_class": "PreTrainedTokenizerFast",
               "clean_up_tokenization_spaces": False}
     if "<|endoftext|>" in names:
-        config |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+        config |= {name: "<|endoftext|>" for name in
+                   ("bos_token", "eos_token", "pad_token")}
     if {"<|endoftext|>", "<|im_start|>", "<|im_end|>"} <= names:
         config |= {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
     return config

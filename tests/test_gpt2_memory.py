@@ -64,7 +64,7 @@ def measured(*arguments) -> int:
 
 
 @pytest.mark.parametrize("name, batch, block, dtype, kind", [
-    ("nano", 16, 256, "float32", "forward"), ("nano", 32, 256, "float32", "training"),
+    ("nano", 64, 256, "float32", "forward"), ("nano", 32, 256, "float32", "training"),
     ("mini", 4, 256, "float32", "forward"), ("mini", 4, 256, "float32", "training"),
     ("mini", 4, 256, "bfloat16", "training"),
     ("gpt2", 2, 256, "float32", "forward"), ("gpt2", 1, 256, "float32", "training"),
