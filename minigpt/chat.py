@@ -245,17 +245,16 @@ def adapter_key(folder: str | Path) -> tuple:
 
 # %% ../nbs/10_chat_ui.ipynb #as-documents
 def as_documents(documents):
-    """A `minigpt.rag.RAG` of a folder, file, Index or RAG; None stays None.
+    """A `minigpt.rag.RAG` of a folder, files, an Index or a RAG; None stays.
 
-    A folder that `Index.save` has written is opened, of any other folder
-    or file an index is built. Raises FileNotFoundError, ValueError.
+    A folder that `minigpt index` has written is opened, of other folders
+    and files an index is built; "course" means these notebooks. Raises
+    FileNotFoundError, ValueError.
     """
     if documents is None or hasattr(documents, "prompt"):
         return documents
-    from minigpt.rag import RAG, Index
-    if not isinstance(documents, Index):
-        documents = open_documents(Path(documents))
-    return RAG(documents)
+    from minigpt.rag import RAG
+    return RAG(None if documents == "course" else documents)
 
 # %% ../nbs/10_chat_ui.ipynb #answered
 @dataclass(frozen=True)
@@ -437,7 +436,9 @@ class ChatSession(Conversation):
 
     def _look_up(self, text: str) -> tuple[str, list]:
         """What the model is asked when the user says `text`, and hits."""
-        return self.documents.prompt(text) if self.documents else (text, [])
+        if self._documents is None or not any(map(str.isalnum, text)):
+            return text, []
+        return self._documents.prompt(text)
 
     def drawing(self, room: int) -> Options:
         """`options` in full: for an answer of at most `room` tokens."""
