@@ -1,6 +1,9 @@
-"""Fixtures for all tests: the exactness ledger."""
+"""Fixtures for all tests: the exactness ledger, and the built distributions."""
 import json
 import os
+import shutil
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,3 +33,22 @@ def ledger(request):
         with open(target, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     return note
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory):
+    """(sdist, wheel): built once a session from a copy of the sources, the wheel from the sdist; nothing is fetched."""
+    copy, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("dist")
+    for name in ("setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("minigpt", "recipes"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy], check=True,
+                   stdout=subprocess.DEVNULL)
+    [sdist], [wheel] = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="session")
+def wheel(distributions):
+    return distributions[1]

@@ -4,9 +4,10 @@
     python tools/notebooks.py run [NAME ...]       run in a fresh kernel, save clean outputs, stamp them
     python tools/notebooks.py check [NAME ...]     in step? clean? outputs fresh? (what tests/test_notebooks.py asserts)
     python tools/notebooks.py png NAME FOLDER      write the saved pictures of a notebook into FOLDER
-    python tools/notebooks.py readme               write README.md from nbs/index.ipynb
+    python tools/notebooks.py readme               the map in nbs/index.ipynb anew, then README.md from nbs/index.ipynb
 
-NAME is a notebook of nbs/ without its ending (00_bpe); none means all.
+NAME is a notebook of nbs/ without its ending (00_bpe); none means all. `run` without a name, or with --time, also notes
+the seconds in nbs/minutes.json, from which the map takes them: use it on a machine that does nothing else.
 """
 from __future__ import annotations
 
@@ -23,10 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT / "nbs", ROOT / "minigpt"
+MINUTES = NBS / "minutes.json"
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 VARIES = "# output varies"
@@ -164,15 +168,18 @@ def is_stamped(path: Path) -> bool:
 
 # ------------------------------------------------------------------ run
 
-def execute(path: Path, timeout: int = 600) -> dict:
-    """Run a notebook in a fresh kernel, in an empty folder, offline; its cleaned copy with outputs."""
+def execute(path: Path, timeout: int = 600, package: Path = ROOT, more: list[str] | tuple = ()) -> dict:
+    """Run a notebook in a fresh kernel, in an empty folder, offline; its cleaned copy with outputs.
+
+    package: the folder that holds the package `minigpt` which the notebook shall import.
+    more: sources of further cells, run at the end in the same kernel; they are the last cells of the copy.
+    """
     import nbformat
     from nbclient import NotebookClient
     nb = nbformat.read(path, as_version=4)
-    env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1",
+    nb.cells += [nbformat.v4.new_code_cell(code) for code in more]
+    env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(package), "TQDM_DISABLE": "1",
            "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
-    if os.environ.get("MINIGPT_NO_REPO"):  # the installed package alone
-        del env["PYTHONPATH"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False,
                                 coalesce_streams=True, resources={"metadata": {"path": folder}})
@@ -189,13 +196,107 @@ def run(path: Path) -> float:
     return time.perf_counter() - start
 
 
+# ------------------------------------------------------------------ minutes and the map
+
+def note_seconds(seconds: dict[str, float]) -> None:
+    """Note how long notebooks ran, with the machine and the day, in nbs/minutes.json."""
+    known = json.loads(MINUTES.read_text(encoding="utf-8"))["seconds"] if MINUTES.exists() else {}
+    known |= {name: round(s, 1) for name, s in seconds.items()}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    noted = {"machine": f"{cores} CPU cores, {platform.system()}", "date": date.today().isoformat(),
+             "seconds": {p.stem: known[p.stem] for p in notebooks() if p.stem in known}}
+    MINUTES.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8", newline="\n")
+
+
+def in_words(seconds: float | None) -> str:
+    """A duration for the map: "25 s", "1 min 10 s", rounded up to 5 seconds; "-" where it was never measured."""
+    if seconds is None:
+        return "-"
+    whole = -int(-seconds // 5) * 5
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s".removesuffix(" 0 s")
+
+
+def title_of(path: Path) -> tuple[str, str]:
+    """The title of a notebook and the line below it, without Markdown's signs."""
+    head = [line for line in source(read(path)["cells"][0]).splitlines() if line.strip()]
+    return head[0].removeprefix("# ").strip(), head[1].removeprefix("> ").strip().rstrip(".")
+
+
+def course_map() -> str:
+    """The table of the chapters: number and title, what it gives (its second line), and how long it runs."""
+    seconds = json.loads(MINUTES.read_text(encoding="utf-8"))["seconds"] if MINUTES.exists() else {}
+    rows = ["| notebook | what it is about | runs in |", "|---|---|---|"]
+    for path in notebooks():
+        if path.stem != "index":
+            title, about = title_of(path)
+            number = path.stem.partition("_")[0]
+            rows.append(f"| [{number} {title}]({path.name}) | {about} | {in_words(seconds.get(path.stem))} |")
+    return "\n".join(rows)
+
+
+def with_map(text: str) -> str:
+    """A Markdown text whose table is replaced by the map of the course."""
+    return re.sub(r"(?m)(^\|.*\n?)+", lambda _: course_map() + "\n", text, count=1).rstrip("\n")
+
+
+def index_with_map() -> dict:
+    """nbs/index.ipynb with the map as the chapters give it today."""
+    nb = read(NBS / "index.ipynb")
+    cell = next(cell for cell in nb["cells"] if cell.get("id") == "map")
+    cell["source"] = with_map(source(cell)).splitlines(keepends=True)
+    return nb
+
+
+# ------------------------------------------------------------------ exercises
+
+@dataclass(frozen=True)
+class Exercise:
+    """An exercise of a notebook: its number, the unsolved cell, the cells that check it, the folded solution."""
+
+    number: str
+    unsolved: str
+    checks: tuple[str, ...]
+    solution: str
+    said: str       # what the check said when the notebook ran
+
+
+def exercises(nb: dict) -> list[Exercise]:
+    """The exercises of a notebook, in order.
+
+    The form: a code cell that begins with `# exercise NN.K`, code cells that check it and print `exercise NN.K: ...`
+    (`correct` when solved), then a Markdown cell with a python block in <details>. ValueError where one differs.
+    """
+    found, cells = [], nb["cells"]
+    for i, cell in enumerate(cells):
+        number = re.match(r"# exercise (\d\d\.\d+)\s*\n", source(cell))
+        if cell["cell_type"] != "code" or not number:
+            continue
+        checks = []
+        for after in cells[i + 1:]:
+            if after["cell_type"] != "code":
+                break
+            checks.append(after)
+        folded = re.search(r"<details>.*?```python\n(.*?)```.*?</details>", source(after), re.S)
+        if not checks or not folded:
+            raise ValueError(f"exercise {number[1]}: a check and a markdown cell with <details> must follow it")
+        found.append(Exercise(number[1], source(cell), tuple(map(source, checks)), folded[1],
+                              "\n".join(map(printed, checks)).strip()))
+    return found
+
+
+def solved_cells(found: list[Exercise]) -> list[str]:
+    """For each exercise a cell that holds its solution and its checks, to be run after the notebook."""
+    return ["\n".join([one.solution, *one.checks]) for one in found]
+
+
 # ------------------------------------------------------------------ compare
 
 def _kinds(cell: dict) -> list:
     return [(o["output_type"], sorted(o.get("data", {})), o.get("name")) for o in cell.get("outputs", [])]
 
 
-def _texts(cell: dict) -> str:
+def printed(cell: dict) -> str:
+    """The text of a cell's outputs, pictures left out."""
     parts = []
     for o in cell.get("outputs", []):
         data = o.get("data", {})
@@ -229,8 +330,8 @@ def differences(saved: dict, fresh: dict) -> list[str]:
         first = source(old).strip().split("\n")[0][:60]
         if _kinds(old) != _kinds(new):
             found.append(f"cell {old['id']} ({first}): kinds {_kinds(old)} saved, {_kinds(new)} now")
-        elif strict and VARIES not in source(old) and not same_text(_texts(old), _texts(new)):
-            found.append(f"cell {old['id']} ({first}): saved\n{_texts(old)}\nnow\n{_texts(new)}")
+        elif strict and VARIES not in source(old) and not same_text(printed(old), printed(new)):
+            found.append(f"cell {old['id']} ({first}): saved\n{printed(old)}\nnow\n{printed(new)}")
     return found
 
 
@@ -257,13 +358,12 @@ def readme() -> str:
     for cell in read(NBS / "index.ipynb")["cells"]:
         text = source(cell)
         if cell["cell_type"] == "markdown":
-            parts.append(re.sub(r"\]\((?!https?:|#)([^)]+\.ipynb)", r"](nbs/\1", text))
+            parts.append(re.sub(r"\]\((?!https?:|#)([^)]+\.(?:ipynb|md)\b)", r"](nbs/\1", text))
         elif not re.match(r"\s*#\|\s*(exports|hide|default_exp)", text):
             shown = "\n".join(line for line in text.splitlines() if line != VARIES)
             parts.append(f"```python\n{shown.strip()}\n```")
-            printed = _texts(cell).strip()
-            if printed:
-                parts.append(f"```text\n{printed}\n```")
+            if said := printed(cell).strip():
+                parts.append(f"```text\n{said}\n```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -271,12 +371,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["export", "run", "check", "png", "readme"])
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--time", action="store_true", help="run: note the seconds in nbs/minutes.json")
     args = parser.parse_args()
     try:
         if args.what == "png":
             print(*pictures(notebooks(args.names[:1])[0], Path(args.names[1])), sep="\n")
             return 0
         if args.what == "readme":
+            write(NBS / "index.ipynb", index_with_map())
             (ROOT / "README.md").write_text(readme(), encoding="utf-8", newline="\n")
             return 0
         paths = notebooks(args.names)
@@ -286,10 +388,16 @@ def main() -> int:
         export(paths, index=not args.names)
         return 0
     if args.what == "run":
+        seconds = {}
         for path in paths:
-            print(f"{path.stem}: {run(path):.0f} s", flush=True)
+            seconds[path.stem] = run(path)
+            print(f"{path.stem}: {seconds[path.stem]:.0f} s", flush=True)
+        if args.time or not args.names:
+            note_seconds(seconds)
         return 0
     bad = [f"{name} differs from its notebook: export again" for name in out_of_step()]
+    if index_with_map() != read(NBS / "index.ipynb"):
+        bad.append("the map in nbs/index.ipynb is not that of the chapters: python tools/notebooks.py readme")
     if readme() != (ROOT / "README.md").read_text(encoding="utf-8"):
         bad.append("README.md differs from nbs/index.ipynb: python tools/notebooks.py readme")
     for path in paths:

@@ -1,78 +1,232 @@
-"""Build the docs site into _docs/, without Quarto and without running a notebook.
+"""Build the docs site into _docs/, without Quarto, without the network and without running a notebook.
 
-    python tools/site.py            build
-    python tools/site.py --check    build, and fail on a broken link
+    python tools/site.py                   build
+    python tools/site.py --check           build, and fail on a broken link
+    python tools/site.py --prepare FOLDER  only write the folder that Quarto can render: quarto render FOLDER
 
-nbdev prepares the notebooks (their saved outputs are used), smalldocs renders them from _quarto.yml.
+The pages are the notebooks with their saved outputs, the Markdown pages of nbs/, and the reference of the public API
+(tools/reference.py). smalldocs renders them from _quarto.yml; what it would fetch from elsewhere (web fonts, KaTeX) is
+replaced, so that the site works from a folder: formulas become MathML, fonts are those of the reader's system.
 """
 from __future__ import annotations
 
 import argparse
+import html
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import notebooks as nb_tool  # noqa: E402
+import reference  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+STATIC = ("styles.css", "favicon.svg", "colab-badge.svg")
+BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+CODE = re.compile(r"(```.*?```|\[[^\]]*\]\([^)]*\)|<details>.*?</details>)", re.S)
 
 
-def prepare(folder: Path) -> Path:
-    """Copy what the site is made from and let nbdev process it; the processed folder."""
-    shutil.copy(ROOT / "settings.ini", folder)
-    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".*", "_quarto.yml", "nbdev.yml"))
-    shutil.copy(ROOT / "_quarto.yml", folder / "nbs")
-    shutil.copytree(ROOT / "minigpt", folder / "minigpt", ignore=shutil.ignore_patterns("assets", "__pycache__"))
-    code = ("from nbdev.quarto import refresh_quarto_yml; from nbdev.doclinks import _build_modidx;"
-            "from nbdev.serve import proc_nbs;"
-            "refresh_quarto_yml(); _build_modidx(); proc_nbs(n_workers=0, force=True)")
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, stdout=subprocess.DEVNULL,
-                   env=os.environ | {"PYTHONPATH": str(folder)})
-    for name in ("styles.css", "favicon.svg"):
-        shutil.copy(ROOT / "nbs" / name, folder / "_proc")
-    return folder / "_proc"
+# ------------------------------------------------------------------ preparing the pages
+
+def page_name(name: str) -> str:
+    """00_bpe.ipynb becomes bpe.ipynb: the address of a page has no number."""
+    return re.sub(r"^\d+_", "", name)
 
 
-def rename_pages(folder: Path) -> None:
-    """00_bpe.ipynb becomes bpe.ipynb, in links and in the sidebar too; nbdev's `output-file` means the same."""
-    pages = {p.name: re.sub(r"^\d+_", "", p.name) for p in folder.glob("*.ipynb")}
-    for path in [*folder.glob("*.ipynb"), folder / "_quarto.yml"]:
+def renamed(text: str) -> str:
+    """Links to notebooks by their pages' names, but for those into Colab or the repository."""
+    return re.sub(r"(?<![\w/.-])((?:\.\./)?)(\d\d_\w+\.ipynb)", lambda m: m[1] + page_name(m[2]), text)
+
+
+def without_missing(text: str) -> str:
+    """Links to chapters that are not there become plain text."""
+    there = {path.name for path in nb_tool.notebooks()}
+    return re.sub(r"\[([^\]]+)\]\((\d\d_\w+\.ipynb)(#[\w-]*)?\)",
+                  lambda m: m[0] if m[2] in there else m[1], text)
+
+
+def with_reference(text: str, targets: dict[str, str]) -> str:
+    """Names of the package in backticks, linked to the reference; code, links and folded solutions stay as they are."""
+    def link(match: re.Match) -> str:
+        return f"[{match[0]}](api/{targets[match[1]]})" if match[1] in targets else match[0]
+    parts = CODE.split(text)
+    parts[::2] = [re.sub(r"(?<!`)`([A-Za-z_]\w*)(?:\(\))?`(?!`)", link, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def shown_code(text: str, module: str) -> str | None:
+    """A code cell as the site shows it; None for one that is only for the export."""
+    lines = text.splitlines()
+    if not lines or re.match(r"#\|\s*(default_exp|hide)\b", lines[0]):
+        return None
+    exports = re.match(r"#\|\s*exports\s*(\w*)", lines[0])
+    if exports:
+        lines[0] = f"# goes into minigpt/{exports[1] or module}.py"
+    lines = [line for line in lines if line != nb_tool.VARIES and not line.startswith("#|")]
+    return "\n".join(lines).strip("\n") or None
+
+
+def processed(nb: dict, targets: dict[str, str]) -> dict:
+    """A notebook as a page: title and description in front, directives gone, names linked to the reference."""
+    title, about = re.match(r"#\s+(.+)\s+>\s*(.+)\n?", nb_tool.source(nb["cells"][0])).groups()
+    front = f"---\ntitle: {json.dumps(title)}\ndescription: {json.dumps(about, ensure_ascii=False)}\n---"
+    cells = [{"cell_type": "raw", "id": "front", "metadata": {}, "source": front}]
+    exp = re.search(r"(?m)^#\|\s*default_exp\s+(\w+)", "\n".join(map(nb_tool.source, nb["cells"])))
+    for i, cell in enumerate(nb["cells"]):
+        text = nb_tool.source(cell)
+        if cell["cell_type"] == "code":
+            text = shown_code(text, exp[1] if exp else "__init__")
+            if text is None:
+                continue
+        elif cell["cell_type"] == "markdown":
+            if i == 0:
+                text = re.sub(r"^#.*\n+>.*\n?", "", text, count=1)
+            text = with_reference(renamed(text.replace(BADGE, "colab-badge.svg")), targets)
+        if text.strip():
+            cells.append(cell | {"source": text})
+    return nb | {"cells": cells}
+
+
+def config(pages: set[str], quarto: bool) -> str:
+    """_quarto.yml for these pages: chapters by number and title in the sidebar, what isn't there left out."""
+    import yaml
+    spec = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    titles = {path.name: nb_tool.title_of(path)[0] for path in nb_tool.notebooks()}
+
+    def entries(items: list) -> list:
+        kept = []
+        for item in items:
+            if isinstance(item, dict) and "contents" in item:
+                contents = entries(item["contents"])
+                kept += [item | {"contents": contents}] if contents else []
+                continue
+            name = item["href"] if isinstance(item, dict) else item
+            if page_name(name) in pages:
+                number = re.match(r"\d+", name)
+                kept.append({"text": f"{number[0]} {titles[name]}", "href": page_name(name)} if number else item)
+        return kept
+    if not quarto:                        # smalldocs runs nothing, and as_mathml() does the formulas
+        del spec["execute"], spec["format"]["html"]["html-math-method"]
+    sidebar = spec["website"]["sidebar"]
+    sidebar["contents"] = entries(sidebar["contents"])
+    return yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)
+
+
+def prepare(folder: Path, quarto: bool = False) -> None:
+    """Write the pages that a renderer (Quarto, or smalldocs) needs into `folder`: notebooks, Markdown, reference,
+    _quarto.yml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = reference.link_targets()
+    pages = set()
+    for path in nb_tool.notebooks():
+        name = page_name(path.name)
+        text = json.dumps(processed(nb_tool.read(path), targets), ensure_ascii=False)
+        (folder / name).write_text(text, encoding="utf-8")
+        pages.add(name)
+    for path in sorted(NBS.glob("*.md")):
+        text = renamed(without_missing(path.read_text(encoding="utf-8")))
+        (folder / path.name).write_text(text, encoding="utf-8")
+        pages.add(path.name)
+    titles = {path.name: nb_tool.title_of(path)[0] for path in nb_tool.notebooks()}
+    (folder / "api").mkdir(exist_ok=True)
+    for name, text in reference.pages(titles).items():
+        (folder / "api" / name).write_text(renamed(text), encoding="utf-8")
+        pages.add(f"api/{name}")
+    for name in STATIC:
+        shutil.copy(NBS / name, folder)
+    (folder / "_quarto.yml").write_text(config(pages, quarto), encoding="utf-8")
+
+
+# ------------------------------------------------------------------ after rendering
+
+def as_mathml(page: str) -> str:
+    r"""Formulas, which smalldocs leaves as \(...\) and \[...\] for KaTeX, as MathML; KaTeX's tags go."""
+    from latex2mathml.converter import convert
+
+    def formula(match: re.Match) -> str:
+        display = "block" if match[1] == "display" else "inline"
+        return f'<span class="math {match[1]}">{convert(html.unescape(match[2]), display=display)}</span>'
+    page = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula, page, flags=re.S)
+    page = re.sub(r'<link[^>]*katex[^>]*>|<script[^>]*src="[^"]*katex[^"]*"[^>]*>\s*</script>', "", page)
+    return re.sub(r"<script>(?:(?!</script>).)*(renderMathInElement|katex)(?:(?!</script>).)*</script>", "", page, flags=re.S)
+
+
+def finish(folder: Path) -> None:
+    """Make rendered pages independent of the network."""
+    for path in folder.rglob("*.html"):
+        path.write_text(as_mathml(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in folder.rglob("*.css"):
         text = path.read_text(encoding="utf-8")
-        for old, new in pages.items():
-            # in page links and the sidebar, but not in addresses of Colab or of the repository
-            text = re.sub(rf"(?<![\w/.-]){re.escape(old)}", new, text)
-        path.write_text(text, encoding="utf-8")
-    for old, new in pages.items():
-        nb = json.loads((folder / old).read_text(encoding="utf-8"))
-        for cell in nb["cells"]:
-            cell["source"] = [l for l in cell["source"] if not l.startswith("output-file:")] \
-                if isinstance(cell["source"], list) else re.sub(r"(?m)^output-file:.*\n?", "", cell["source"])
-        (folder / old).unlink()
-        (folder / new).write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
+        path.write_text(re.sub(r"@import\s*(?:url\()?[\"']?https?:[^;]*;", "", text), encoding="utf-8")
+
+
+class Links(HTMLParser):
+    """The anchors of a page and what it refers to."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        found = dict(attrs)
+        self.ids |= {found[k] for k in ("id", "name") if found.get(k)}
+        self.links += [found[k] for k in ("href", "src") if found.get(k)]
+
+
+def broken_links(folder: Path) -> list[str]:
+    """What the pages of a folder refer to and is not there: files, and anchors of pages."""
+    seen = {}
+    for path in sorted(folder.rglob("*.html")):
+        seen[path.resolve()] = Links()
+        seen[path.resolve()].feed(path.read_text(encoding="utf-8"))
+    found = []
+    for path, page in seen.items():
+        for link in dict.fromkeys(page.links):
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc or link in ("#", ""):
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            where = path.relative_to(folder.resolve()).as_posix()
+            if not target.exists():
+                found.append(f"{where}: broken link {link}")
+            elif parts.fragment and target in seen and unquote(parts.fragment) not in seen[target].ids:
+                found.append(f"{where}: no such anchor {link}")
+    return found
 
 
 def build(target: Path = ROOT / "_docs") -> list[str]:
-    """Render the site into `target`; what smalldocs' check has to say about the pages."""
+    """Render the site into `target`; its broken links."""
     with tempfile.TemporaryDirectory() as temporary:
-        pages = prepare(Path(temporary))
-        rename_pages(pages)
-        smalldocs = [sys.executable, "-c", "import sys; from smalldocs.cli import main; sys.exit(main())"]
-        subprocess.run([*smalldocs, "render", "--quiet", str(pages)], check=True)
-        checked = subprocess.run([*smalldocs, "check", str(pages)], capture_output=True, text=True)
+        pages = Path(temporary)
+        prepare(pages)
+        subprocess.run([sys.executable, "-c", "import sys; from smalldocs.cli import main; sys.exit(main())",
+                        "render", "--quiet", str(pages)], check=True)
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(pages / "_docs", target)
-    return [line for line in checked.stdout.splitlines() if "broken link" in line]
+    finish(target)
+    return broken_links(target)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail on a broken link")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="only write what Quarto renders")
     args = parser.parse_args()
+    if args.prepare:
+        prepare(args.prepare, quarto=True)
+        print(f"now: quarto render {args.prepare}")
+        return 0
     broken = build()
-    print(f"{len(list((ROOT / '_docs').glob('*.html')))} pages in {ROOT / '_docs'}")
+    print(f"{len(list((ROOT / '_docs').rglob('*.html')))} pages in {ROOT / '_docs'}")
     print(*broken, sep="\n")
     return int(args.check and bool(broken))
 
