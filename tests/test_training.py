@@ -762,6 +762,35 @@ def test_recipe_with_packed_tokens(tmp_path):
             t.run_recipe(recipe | change, out=tmp_path / "other", folder=tmp_path, progress=False)
 
 
+def test_command_line_from_text_to_model(tmp_path, monkeypatch):
+    """tokenizer train, data pack, train; then a resume that is refused, and one that is forced."""
+    from typer.testing import CliRunner
+    from minigpt.cli import app
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("\n\n".join(load_text(limit=60)), encoding="utf-8")
+
+    def call(*words: str):
+        result = CliRunner().invoke(app, list(words))
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    call("tokenizer", "train", "book.txt", "words", "--vocab-size", "300")
+    call("data", "pack", "book.txt", "a.tokens", "--tokenizer", "words")
+    line = ["train", "--tokens", "a.tokens", "--held", "a.tokens", "--tokenizer", "words", "--out", "run", "--tensorboard"]
+    small = [x for s in ("block_size=32", "batch_size=2", "eval_windows=2", "max_steps=4") for x in ("--set", s)]
+    assert "step 4" in call(*line, *small) and list(Path("run/tensorboard").glob("events.*"))
+    assert GPT2.from_pretrained("run/model").config.vocab_size == 300
+    assert BPETokenizer.from_pretrained("run/model").vocab_size == 300
+    with pytest.raises(ValueError, match="max_steps: 4 then, 6 now"):
+        call(*line, *small, "--set", "max_steps=6", "--resume")
+    assert "step 6" in call(*line, *small, "--set", "max_steps=6", "--force")
+    for more in (["--text", "book.txt"], ["nano-stories"]):
+        with pytest.raises(ValueError, match="leave"):
+            call(*line, *more)
+
+
 @pytest.mark.parametrize("text, words", [
     ('[train]\nlearning = 1\n[[phase]]\ntext = "stories"', "knows no 'learning'"), ('name = "x"', "has no"),
     ("name = ", "no TOML"), ('[[phase]]\ntexts = "a"', "knows no 'texts'"), ('extra = 1', "the recipe knows no 'extra'")])
