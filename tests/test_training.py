@@ -124,6 +124,37 @@ def test_accumulated_gradients_are_one_big_batch(micro_batch, ledger):
     assert torch.isfinite(parts).all() and apart < 1e-6
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2 ** -7)])
+@pytest.mark.parametrize("piece", [1, 700, 2 ** 18])
+def test_loss_in_rows_is_cross_entropy(dtype, bound, piece, monkeypatch, ledger):
+    monkeypatch.setattr(t.RowsLoss, "PIECE", piece)
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(40, 300, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(300, (40,), generator=generator)
+    targets[::3] = -100
+    ours = t.RowsLoss.apply(logits, targets)
+    peer = F.cross_entropy(logits.double(), targets, reduction="sum")
+    one, two = (torch.autograd.grad(loss / 7, logits)[0].double() for loss in (ours, peer))
+    assert ours.dtype == torch.promote_types(dtype, torch.float32) and (one[::3] == 0).all()
+    apart = max((one - two).abs().max().item(), abs(ours.item() / peer.item() - 1))
+    ledger(f"loss and gradient in rows = cross_entropy, {str(dtype)[6:]}", apart, peer="torch", bound=bound)
+    assert apart < bound
+    with torch.no_grad():
+        assert t.RowsLoss.apply(logits, targets) == ours
+    assert t.RowsLoss.apply(logits, torch.full_like(targets, -100)) == 0
+
+
+def test_loss_in_rows_refuses_what_would_be_wrong():
+    logits = torch.randn(4, 10, requires_grad=True)
+    for bad in (10, -5):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            t.RowsLoss.apply(logits, torch.tensor([0, 1, 2, bad]))
+    loss = t.RowsLoss.apply(logits, torch.tensor([0, 1, 2, 3]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="in-?place"):                # not silently with a gradient scaled twice
+        loss.backward()
+
+
 def test_step_is_torchs_own(ledger):
     """Clip, decay groups and update against a loop written with torch's parts, not fused."""
     ids = np.random.default_rng(2).integers(0, 300, (4, 33))
@@ -590,7 +621,7 @@ def test_stream_trains_and_resumes(tmp_path):
 def test_plan_adds_up():
     made = plan("gpt2", "24gb", tokens=3.6e9, price=2.0, block_size=512)
     config = GPT2Config.preset("gpt2")
-    need = [config.memory(n, 512, "bfloat16", training=True).peak for n in (made.largest, made.largest + 1)]
+    need = [config.memory(n, 512, "bfloat16", training=True, device="cuda").peak for n in (made.largest, made.largest + 1)]
     assert need[0] <= 0.9 * made.available < need[1]
     assert made.parameters == 124_439_808 and made.fits and not made.measured
     assert made.hours == pytest.approx(3.6e9 / made.tokens_per_second / 3600)
@@ -729,6 +760,35 @@ def test_recipe_with_packed_tokens(tmp_path):
                           ({"phase": [{"tokens": "c.tokens"}]}, "c.tokens")):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             t.run_recipe(recipe | change, out=tmp_path / "other", folder=tmp_path, progress=False)
+
+
+def test_command_line_from_text_to_model(tmp_path, monkeypatch):
+    """tokenizer train, data pack, train; then a resume that is refused, and one that is forced."""
+    from typer.testing import CliRunner
+    from minigpt.cli import app
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("\n\n".join(load_text(limit=60)), encoding="utf-8")
+
+    def call(*words: str):
+        result = CliRunner().invoke(app, list(words))
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    call("tokenizer", "train", "book.txt", "words", "--vocab-size", "300")
+    call("data", "pack", "book.txt", "a.tokens", "--tokenizer", "words")
+    line = ["train", "--tokens", "a.tokens", "--held", "a.tokens", "--tokenizer", "words", "--out", "run", "--tensorboard"]
+    small = [x for s in ("block_size=32", "batch_size=2", "eval_windows=2", "max_steps=4") for x in ("--set", s)]
+    assert "step 4" in call(*line, *small) and list(Path("run/tensorboard").glob("events.*"))
+    assert GPT2.from_pretrained("run/model").config.vocab_size == 300
+    assert BPETokenizer.from_pretrained("run/model").vocab_size == 300
+    with pytest.raises(ValueError, match="max_steps: 4 then, 6 now"):
+        call(*line, *small, "--set", "max_steps=6", "--resume")
+    assert "step 6" in call(*line, *small, "--set", "max_steps=6", "--force")
+    for more in (["--text", "book.txt"], ["nano-stories"]):
+        with pytest.raises(ValueError, match="leave"):
+            call(*line, *more)
 
 
 @pytest.mark.parametrize("text, words", [
