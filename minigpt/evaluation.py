@@ -11,7 +11,8 @@ __all__ = ['EVAL', 'LENGTHS', 'SMOOTHING', 'NOT_SAID', 'VERDICTS', 'Scored', 'sc
            'smoothed_precisions', 'Bleu', 'bleu_from_counts', 'as_references', 'bleu', 'bleu_estimate', 'chrf_words',
            'chrf_counts', 'chrf_from_counts', 'chrf', 'normalize_answer', 'exact_match', 'token_f1', 'repetition',
            'distinct', 'reading_rates', 'Vote', 'Votes', 'Match', 'Blind', 'Ballot', 'win_table', 'bradley_terry',
-           'rate', 'krippendorff_alpha', 'agreement', 'sign_test', 'votes_needed', 'NGramDecoder', 'answer_chats']
+           'rate', 'krippendorff_alpha', 'agreement', 'sign_test', 'votes_needed', 'vote_summary', 'NGramDecoder',
+           'answer_chats', 'make_matches', 'temperature_matches']
 
 # %% ../nbs/06_evaluation.ipynb #imports
 import json
@@ -1105,6 +1106,28 @@ def votes_needed(win_rate: float, *, power: float = 0.8,
         win_rate * (1 - win_rate))
     return math.ceil((spread / (win_rate - 0.5)) ** 2)
 
+# %% ../nbs/06_evaluation.ipynb #summary
+def vote_summary(votes: Iterable[Vote]) -> str:
+    """Counts, ratings, agreement and, for two systems, how many votes their
+    difference needs: a few lines of text."""
+    votes = list(votes)
+    count = Counter(v.choice for v in votes)
+    decided = count["left"] + count["right"]
+    lines = [f"{len(votes)} votes of {len({v.rater for v in votes})} raters: "
+             f"{decided} decided, {count['tie']} ties, {count['skip']} skips"]
+    if decided + count["tie"]:
+        lines += [f"{n}: {r}" for n, r in rate(votes).items()]
+    if not math.isnan(alpha := agreement(votes)):
+        lines.append(f"agreement (alpha): {alpha:.2f}")
+    names, _ = win_table(votes)
+    won = sum(v.winner == names[0] for v in votes) if names else 0
+    if len(names) == 2 and decided:
+        lines.append(f"sign test: {sign_test(won, decided - won):.3f}")
+        if won * 2 != decided and 0 < won < decided:
+            lines.append(f"such a difference needs "
+                         f"{votes_needed(won / decided)} votes")
+    return "\n".join(lines)
+
 # %% ../nbs/06_evaluation.ipynb #ngramdecoder
 class NGramDecoder:
     """Lets `generate` read an NGram token by token, as Decoder a GPT2."""
@@ -1154,3 +1177,31 @@ def answer_chats(model: nn.Module, renderer: Any,
             answers[i] = renderer.tokenizer.decode(generation.ids).strip()
         bar.update(len(batch))
     return answers
+
+# %% ../nbs/06_evaluation.ipynb #makematches
+def make_matches(prompts: Sequence[str],
+                 answers: dict[str, Sequence[str]]) -> list[Match]:
+    """What is voted on, from prompts and {system: its answer to each}.
+
+    Raises ValueError unless each system has as many answers as prompts.
+    """
+    for name, said in answers.items():
+        if len(said) != len(prompts):
+            raise ValueError(f"{name!r} has {len(said)} answers to "
+                             f"{len(prompts)} prompts")
+    return [Match(f"{i}: {prompt}", prompt,
+                  {name: said[i] for name, said in answers.items()})
+            for i, prompt in enumerate(prompts)]
+
+# %% ../nbs/06_evaluation.ipynb #tempmatches
+def temperature_matches(model: nn.Module, renderer: Any,
+                        prompts: Sequence[str],
+                        temperatures: Sequence[float] = (0.0, 1.0), *,
+                        max_new_tokens: int = 64, seed: int = 0
+                        ) -> list[Match]:
+    """Answers of one model at several temperatures, to vote on."""
+    asked = [[{"role": "user", "content": text}] for text in prompts]
+    return make_matches(prompts, {
+        f"temperature {t:g}": answer_chats(
+            model, renderer, asked, max_new_tokens=max_new_tokens,
+            temperature=t, seed=seed) for t in temperatures})
