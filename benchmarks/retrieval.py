@@ -44,10 +44,10 @@ def load_project():
     """Plug the project in here: return index(docs: lists of words) -> search(query words) -> [passage numbers]."""
     if c.project() is None:
         return None
-    from minigpt.rag import BM25
+    from minigpt.rag import BM25  # rank_bm25's idf, so that the same formula is compared
 
     def index(docs):
-        built = BM25.build(docs)
+        built = BM25.build(docs, idf="okapi")
         return lambda query: built.search(query, TOP)[0].tolist()
     return index
 
