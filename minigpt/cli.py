@@ -525,7 +525,8 @@ def export(
     print(f"saved in {folder}")
 
 # %% ../nbs/10_chat_ui.ipynb #register
-from . import cli_eval, cli_generate
+from . import cli_eval, cli_generate, cli_rag
 
 cli_generate.register(app)
 cli_eval.register(app)
+cli_rag.register(app)
