@@ -469,7 +469,10 @@ class Engine:
         return engine_round(self)
 
     def start(self) -> None:
-        """Begin to work, in a thread."""
+        """Begin to work, in a thread, unless it works already."""
+        if self.thread is not None and self.thread.is_alive():
+            return
+        self.closing = False
         self.thread = threading.Thread(target=work, args=(self,),
                                        name="engine", daemon=True)
         self.thread.start()
@@ -478,7 +481,7 @@ class Engine:
         """Take no more asks; those that have begun go on to their end."""
         with self.wake:
             self.closing = True
-            self.wake.notify()
+            self.wake.notify_all()
 
     def close(self) -> None:
         """End the thread, once what has begun is done."""

@@ -334,7 +334,6 @@ ASK = json.dumps({"model": "minigpt-chat", "prompt": "One", "max_tokens": 2}).en
     ("POST", "/v1/completions", b"\xff\xfe", JSON, 400), ("POST", "/v1/completions", b"[" * 100_000, JSON, 400),
     ("POST", "/v1/completions", b"9" * 5000, JSON, 400), ("POST", "/v1/completions", b"[1e999]", JSON, 400),
     ("POST", "/v1/completions", ASK, {"Content-Type": "text/plain"}, 400), ("POST", "/v1/completions", ASK, {}, 400),
-    ("POST", "/v1/completions", b'{"model": "minigpt-chat", "prompt": "a\\ud800"}', JSON, 400),
     ("POST", "/v1/completions", b'{"model": "\\udfff", "prompt": "a", "\\ud800": 1}', JSON, 400),
     ("POST", "/v1/completions", b" " * 1_000_001, JSON, 413), ("GET", "/v1/completions", b"", {}, 405),
     ("GET", "/v1/nothing", b"", {}, 404), ("GET", "/v1/models/%FF%00", b"", {}, 404), ("DELETE", "/nowhere", b"", {}, 404)])
