@@ -18,7 +18,7 @@ MODEL = GPT2(GPT2Config(vocab_size=TOKENIZER.vocab_size, block_size=64, n_layer=
                         eos_token_id=0))
 APP = create_app(MODEL, TOKENIZER, limits=Limits(max_tokens=8, timeout=20))
 QUICK = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
+schema = schemathesis.openapi.from_dict(APP.openapi())
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,11 @@ def check(response):
 
 
 @schema.parametrize()
-@settings(max_examples=40, phases=[Phase.explicit, Phase.generate], **QUICK)
+@settings(max_examples=40, phases=[Phase.generate], **QUICK)
 def test_whatever_the_schema_allows_or_forbids(client, case):
-    response = check(case.call(session=client))
-    case.validate_response(response, excluded_checks=[schemathesis.checks.positive_data_acceptance]
-                           if hasattr(schemathesis.checks, "positive_data_acceptance") else [])
+    sent = case.as_transport_kwargs(base_url="http://testserver")
+    data = sent.pop("data", None)
+    check(client.request(content=data, **{key: value for key, value in sent.items() if value is not None}))
 
 
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
