@@ -225,7 +225,7 @@ class Answer:
         return Token(token, float(logp[token]), list(pairs))
 
 # %% ../nbs/11_server.ipynb #ask
-@dataclass
+@dataclass(eq=False)
 class Ask:
     """A prompt that waits for its answers.
 
