@@ -237,8 +237,8 @@ def adapter_key(folder: str | Path) -> tuple:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"there is no adapter {str(folder)!r}: name a folder that "
-            "minigpt finetune --lora or save_adapter has made")
+            f"there is no adapter {str(folder)!r}: name a folder with "
+            "adapter_config.json and adapter_model.safetensors")
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return (str(folder.resolve()),
             *((path.name, path.stat().st_mtime_ns) for path in files))

@@ -571,7 +571,8 @@ def export(
 def ui(
     host: str = typer.Option("127.0.0.1", help="Address to listen on; "
                              "0.0.0.0 lets other machines in."),
-    port: int = typer.Option(7860, help="Port to listen on; 0: any."),
+    port: int = typer.Option(7860, min=0, max=65535,
+                             help="Port to listen on; 0: any."),
     browser: bool = typer.Option(True, "--browser/--no-browser",
                                  help="Open the page."),
     model: str = typer.Option(None, help="Folder, or name on the hub; "
@@ -584,7 +585,7 @@ def ui(
                                "for votes; made with the first one."),
     uploads: bool = typer.Option(True, "--uploads/--no-uploads",
                                  help="Let visitors bring files."),
-    visitors: int = typer.Option(32, help="How many may talk."),
+    visitors: int = typer.Option(32, min=1, help="How many may talk."),
 ) -> None:
     """Chat in the browser.
 
