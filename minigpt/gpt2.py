@@ -8,8 +8,8 @@ __all__ = ['PRESETS', 'ACTIVATIONS', 'HF_FIELDS', 'SHIPPED', 'HUB_NAMES', 'TAPS'
            'check_ids', 'GPT2Core', 'KVCache', 'count_parts', 'Memory', 'estimate_memory', 'config_from_hf',
            'config_to_hf', 'find_model', 'download_model', 'read_config', 'weight_files', 'read_tensors', 'our_name',
            'is_conv1d', 'quantize_rows', 'dequantize_rows', 'read_weights', 'check_weights', 'GPT2', 'hf_weights',
-           'int8_weights', 'model_card', 'generation_config', 'write_aside', 'save_model', 'write_json',
-           'write_tensors', 'save_int8', 'trace_names', 'match_names', 'hook_up', 'trace', 'logit_lens']
+           'int8_weights', 'model_card', 'generation_config', 'write_json', 'write_tensors', 'write_aside',
+           'save_model', 'save_int8', 'trace_names', 'match_names', 'hook_up', 'trace', 'logit_lens', 'plot_lens']
 
 # %% ../nbs/03_gpt2.ipynb #imports
 import difflib
@@ -343,8 +343,10 @@ class GPT2Core(nn.Module):
 
     def forward(self, ids: Tensor, cache: "KVCache | None" = None, *,
                 mask: Tensor | None = None, positions: Tensor | None = None,
-                last_only: bool = False) -> Tensor:
+                last_only: bool = False, head: bool = True) -> Tensor:
         """ids (B, T) -> logits (B, T, V), or (B, 1, V) with last_only.
+
+        `head` False stops before the head: what it would read, (B, T, C).
 
         `cache`: the ids go on where it ends. `mask`: bool (B or 1, 1, T, S),
         in place of the causal one; `positions`: (T,) or (B, T), in place of
@@ -364,7 +366,8 @@ class GPT2Core(nn.Module):
             cache.advance(T)
         if last_only:
             x = x[:, -1:]
-        return F.linear(self.ln_f(x), self.wte.weight)        # (B, T, V)
+        x = self.ln_f(x)
+        return F.linear(x, self.wte.weight) if head else x    # (B, T, V)
 
 # %% ../nbs/03_gpt2.ipynb #kvcache
 class KVCache:
@@ -818,6 +821,20 @@ def generation_config(config: GPT2Config, tokenizer=None) -> dict:
             "pad_token_id": hf["eos_token_id"], "do_sample": True,
             "temperature": 0.7, "top_k": 50, "top_p": 0.9}
 
+# %% ../nbs/03_gpt2.ipynb #writejson
+def write_json(path: Path, values: dict) -> None:
+    """Write values as indented json in UTF-8."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+# %% ../nbs/03_gpt2.ipynb #writetensors
+def write_tensors(folder: Path, tensors: dict[str, Tensor], form: str
+                  ) -> None:
+    """Write model.safetensors beside config.json, readable by the same
+    people; `form` is the format that its metadata names."""
+    save_file(tensors, folder / "model.safetensors",
+              metadata={"format": form})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
 # %% ../nbs/03_gpt2.ipynb #writeaside
 def write_aside(folder: str | Path, write: Callable[[Path], None],
                 overwrite: bool = False) -> None:
@@ -864,20 +881,6 @@ def save_model(model: GPT2Core, folder: str | Path, tokenizer=None,
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
     write_aside(folder, write, overwrite)
-
-# %% ../nbs/03_gpt2.ipynb #writejson
-def write_json(path: Path, values: dict) -> None:
-    """Write values as indented json in UTF-8."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-# %% ../nbs/03_gpt2.ipynb #writetensors
-def write_tensors(folder: Path, tensors: dict[str, Tensor], form: str
-                  ) -> None:
-    """Write model.safetensors beside config.json, readable by the same
-    people; `form` is the format that its metadata names."""
-    save_file(tensors, folder / "model.safetensors",
-              metadata={"format": form})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 # %% ../nbs/03_gpt2.ipynb #saveint8
 def save_int8(model: GPT2Core, folder: str | Path, *, overwrite: bool = False
@@ -988,3 +991,36 @@ def logit_lens(model: GPT2Core, ids: Tensor) -> Tensor:
     kept = trace(model, ids, ["blocks.0.resid_pre", "blocks.*.resid_post"])
     stream = torch.stack(list(kept.values()))          # (L + 1, B, T, C)
     return F.linear(model.ln_f(stream), model.wte.weight)
+
+# %% ../nbs/03_gpt2.ipynb #plotlens
+def plot_lens(model: GPT2Core, tokenizer, text: str):
+    """Draw what each layer of a model would say, token by token of a text.
+
+    A column is a token that is read, a row the number of blocks passed; the
+    colour is the probability of the word in the cell. Returns the matplotlib
+    axes. Raises ValueError for a text that does not fit into the picture.
+    """
+    import matplotlib.pyplot as plt
+    ids = tokenizer.encode(text)
+    if not 1 <= len(ids) <= 24:
+        raise ValueError(f"the text has {len(ids)} tokens; 1 to 24 fit into "
+                         "the picture")
+    words = [tokenizer.decode([i]).replace("\n", "\\n") for i in ids]
+    lens = logit_lens(model, torch.tensor([ids], device=model.device))
+    best = lens[:, 0].float().softmax(-1).cpu().max(-1)      # (L + 1, T)
+    ax = plt.subplots(figsize=(max(4, 0.75 * len(ids)), 4.2),
+                      layout="constrained")[1]
+    picture = ax.imshow(best.values, cmap="Blues", vmin=0, vmax=1,
+                        aspect="auto")
+    for row, line in enumerate(best.indices.tolist()):
+        for t, i in enumerate(line):
+            word = tokenizer.decode([i]).replace("\n", "\\n")
+            ax.text(t, row, word, ha="center", va="center", fontsize=7,
+                    color="white" if best.values[row, t] > 0.6 else "black",
+                    parse_math=False)
+    ax.set_xticks(range(len(words)), words, rotation=30, fontsize=8,
+                  parse_math=False)
+    ax.set(xlabel="token read", ylabel="blocks passed",
+           title="the likeliest next token, block by block")
+    ax.figure.colorbar(picture, label="its probability")
+    return ax

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from exercise_cells import exercises, said
 from minigpt import training as t
 from minigpt.bpe import BPETokenizer
 from minigpt.data import TokenFile, WindowSampler, load_text, pack
@@ -661,9 +662,21 @@ def test_recipes_load_and_ship(name):
     config = TrainConfig(**options)
     GPT2Config.preset(**{"name" if k == "preset" else k: v for k, v in recipe["model"].items()})
     assert recipe["name"] == name and config.max_steps
-    source = ROOT / "recipes" / f"{name}.toml"
-    if source.exists():                                                 # in a clone: the package's copy is the same
-        assert source.read_bytes() == t.find_recipe(name).read_bytes()
+
+
+def test_mini_chat_is_the_recipe_of_the_shipped_model():
+    """The figures of the shipped model's card: phases, batch, schedule, optimizer, dropout."""
+    recipe = t.load_recipe("mini-chat")
+    first, second = recipe["phase"]
+    assert first["chats"] == second["chats"] == ["train.jsonl.xz", "extra.jsonl.xz"]
+    assert (first["until"], first["loss"], second["loss"]) == (0.7, "all", "answers")
+    assert first["plain"] == ["story", "paragraph"] and "plain" not in second and recipe["held"] == {"chats": "held.jsonl"}
+    config = TrainConfig(**recipe["train"] | {"betas": tuple(recipe["train"]["betas"])})
+    assert t.learning_rate(config, 0, 0.0) == pytest.approx(5e-6) and t.learning_rate(config, 183, 0.02) == pytest.approx(9.2e-4)
+    assert t.learning_rate(config, 2700, 0.34) == 1.5e-3 and t.learning_rate(config, 8000, 1.0) == pytest.approx(1.5e-5)
+    assert (config.batch_size, config.clip, config.betas, config.weight_decay) == (64, 1.0, (0.9, 0.95), 0.1)
+    shape = GPT2Config.preset(recipe["model"].pop("preset"), **recipe["model"])
+    assert shape.dropout == 0.1 and sum(shape.parts().values()) == 35_984_384
 
 
 def test_recipe_runs_resumes_and_answers(tmp_path):
@@ -693,6 +706,29 @@ def test_recipe_with_chats_in_two_phases(tmp_path):
     assert result.step == 4 and {"held", "held_answers"} <= result.history[-1].keys()
     sizes = sorted(len(TokenFile(p)) for p in (tmp_path / "run" / "data").glob("train-*.tokens"))
     assert len(sizes) == 2 and sizes[0] < sizes[1]                     # the first phase has the plain stories too
+
+
+def test_recipe_with_packed_tokens(tmp_path):
+    """What `minigpt data pack` writes, in place of texts: the same windows, so the same losses."""
+    tokenizer = BPETokenizer.train(load_text(limit=60), 300, ["<|endoftext|>"], progress=False)
+    tokenizer.save_pretrained(tmp_path / "words")
+    for name, rows in (("a", load_text(limit=60)), ("b", load_text(limit=70)[60:])):
+        pack(rows, tmp_path / f"{name}.tokens", tokenizer, progress=False)
+    recipe = {"model": {"preset": "nano", "n_layer": 1, "n_embd": 16, "n_head": 1, "block_size": 32},
+              "tokenizer": {"name": str(tmp_path / "words")}, "phase": [{"tokens": "a.tokens"}], "held": {"tokens": "b.tokens"},
+              "tensorboard": True, "train": {"max_steps": 3, "batch_size": 2, "log_every": 1, "eval_windows": 4}}
+    run = t.run_recipe(recipe, out=tmp_path / "run", folder=tmp_path, progress=False)
+    torch.manual_seed(0)
+    plain = train(GPT2(run.model.config), TokenFile(tmp_path / "a.tokens"), TrainConfig(**recipe["train"]),
+                  held=TokenFile(tmp_path / "b.tokens"), progress=False)
+    assert [r["loss"] for r in run.history] == [r["loss"] for r in plain.history]
+    assert run.history[-1]["held"] == plain.history[-1]["held"]
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    for change, words in (({"held": {"share": 0.1}}, "can't be split"), ({"tokenizer": {"name": "gpt2"}}, "packed with the tokenizer"),
+                          ({"tokenizer": {"train": 300}}, "no text to train a tokenizer"),
+                          ({"phase": [{"tokens": "c.tokens"}]}, "c.tokens")):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            t.run_recipe(recipe | change, out=tmp_path / "other", folder=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("text, words", [
@@ -734,3 +770,29 @@ def test_positions_belong_to_the_sampler():
     halves = [t.Batches([Phase(data)], TrainConfig(batch_size=4), 32, Ranks(r, 2)).next(0)[0] for r in (0, 1)]
     assert np.array_equal(whole, np.concatenate(halves))
     assert np.array_equal(whole, WindowSampler(data, 32, 4, seed=0).next_batch().x)
+
+
+# ------------------------------------------------------------------ the exercises
+
+def names() -> dict:
+    """What the checks of chapter 04 look at."""
+    chat = TokenArray(np.arange(100), mask=np.arange(100) % 2)
+    return vars(t) | {"toy": t.Batches([Phase(chat, 0.7), Phase(chat, 1.0, "answers")], TrainConfig(batch_size=1), 6)}
+
+
+@pytest.mark.parametrize("number, empty, check, solution", exercises("04"), ids=lambda v: v if len(v) == 4 else "")
+def test_exercise(number, empty, check, solution, capsys):
+    assert said(empty, check, names(), capsys) == "not solved yet"
+    assert said(solution, check, names(), capsys) == "correct"
+
+
+@pytest.mark.parametrize("number, wrong, words", [
+    (1, "def linear_schedule(step, total, warmup, peak): return peak * (total - step) / total", "at step 0 it should be 0.1"),
+    (2, "def counted_share(targets): return float((targets > 0).mean())", "for [[0, -100]] it is 0.5"),
+    (3, "class EarlyStop:\n    def __init__(self, patience): self.should_stop = True\n    def __call__(self, row, model): pass", "too early"),
+    (3, "class EarlyStop:\n    def __init__(self, patience): self.should_stop = False\n    def __call__(self, row, model): pass",
+     "two failures in a row"),
+    (4, "def days(weights, tokens, flops, mfu): return 2 * weights * tokens / (flops * mfu) / 86400", "about 0.21"),
+])
+def test_a_wrong_solution_is_told_why(number, wrong, words, capsys):
+    assert words in said(wrong, exercises("04")[number - 1][2], names(), capsys)
