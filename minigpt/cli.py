@@ -466,15 +466,20 @@ def parse_settings(pairs: Iterable[str]) -> dict:
 
 # %% ../nbs/10_chat_ui.ipynb #make-recipe
 def make_recipe(text: list[str], chats: list[str], preset: str,
-                tokenizer: str | None, vocab_size: int | None) -> dict:
+                tokenizer: str | None, vocab_size: int | None,
+                tokens: str | None = None, held: str | None = None) -> dict:
     """A recipe of one phase, as `load_recipe` would give it."""
-    if not text and not chats:
+    if not (text or chats or tokens):
         raise ValueError("nothing to train on: name a recipe (nano-stories, "
-                         "for example), --text or --chats")
+                         "for example), --text, --chats or --tokens")
+    if tokens and (text or chats):
+        raise ValueError(f"--tokens {tokens} is packed already: pack --text "
+                         "and --chats into it too, or leave them out")
     own = {"train": vocab_size} if vocab_size else {"name": tokenizer}
-    return {"model": {"preset": preset}, "tokenizer": own,
-            "phase": [{"text": text, "chats": chats}],
-            "held": {"share": 0.05}}
+    kept = {"tokens": held} if held else {} if tokens else {"share": 0.05}
+    part = {"tokens": tokens} if tokens else {"text": text, "chats": chats}
+    return {"model": {"preset": preset}, "tokenizer": own, "phase": [part],
+            "held": kept}
 
 # %% ../nbs/10_chat_ui.ipynb #train
 @app.command()
@@ -485,6 +490,9 @@ def train(
     text: list[str] = typer.Option([], help="Text to train on, if without a "
                                    "recipe; may be repeated."),
     chats: list[str] = typer.Option([], help="The same for chats."),
+    tokens: str = typer.Option(None, help="A file of `minigpt data pack` "
+                               "instead."),
+    held: str = typer.Option(None, help="Another, for the held-out loss."),
     preset: str = typer.Option("nano", help="The model's size: nano, mini, "
                                "gpt2, gpt2-medium, gpt2-large, gpt2-xl."),
     tokenizer: str = typer.Option(None, help="Folder or name; default: the "
@@ -496,6 +504,10 @@ def train(
     out: Path = typer.Option(None, help="The run's folder."),
     folder: Path = typer.Option(Path("."), help="Where its data files are."),
     resume: bool = typer.Option(False, "--resume", help="Go on with it."),
+    force: bool = typer.Option(False, "--force", help="Go on with it, with "
+                               "other settings than it had."),
+    tensorboard: bool = typer.Option(False, "--tensorboard", help="Also "
+                                     "write the numbers for TensorBoard."),
     num_proc: int = typer.Option(1, help="Processes that encode."),
 ) -> None:
     """Train a model, by a recipe or by flags.
@@ -504,14 +516,19 @@ def train(
     Examples:
       minigpt train nano-stories
       minigpt train --text book.txt --vocab-size 2048 --set max_steps=500
+      minigpt train --tokens talks.tokens --preset mini
       torchrun --nproc-per-node 8 -m minigpt train mini-chat --folder data
     """
-    if recipe and (text or chats):
+    if recipe and (text or chats or tokens):
         raise ValueError(f"a recipe ({recipe}) names its own data: leave out "
-                         "--text and --chats, or the recipe")
-    from minigpt.training import run_recipe
-    plan = recipe or make_recipe(text, chats, preset, tokenizer, vocab_size)
-    result = run_recipe(plan, out=out, folder=folder, resume=resume,
+                         "--text, --chats and --tokens, or the recipe")
+    from minigpt.training import load_recipe, run_recipe
+    plan = load_recipe(recipe) if recipe else make_recipe(
+        text, chats, preset, tokenizer, vocab_size, tokens, held)
+    if tensorboard:
+        plan["tensorboard"] = True
+    result = run_recipe(plan, out=out, folder=folder,
+                        resume="force" if force else resume,
                         changes=parse_settings(settings), num_proc=num_proc)
     print(f"{result!r}, saved in {result.folder / 'model'}")
 
@@ -571,7 +588,8 @@ def export(
 def ui(
     host: str = typer.Option("127.0.0.1", help="Address to listen on; "
                              "0.0.0.0 lets other machines in."),
-    port: int = typer.Option(7860, help="Port to listen on; 0: any."),
+    port: int = typer.Option(7860, min=0, max=65535,
+                             help="Port to listen on; 0: any."),
     browser: bool = typer.Option(True, "--browser/--no-browser",
                                  help="Open the page."),
     model: str = typer.Option(None, help="Folder, or name on the hub; "
@@ -584,7 +602,7 @@ def ui(
                                "for votes; made with the first one."),
     uploads: bool = typer.Option(True, "--uploads/--no-uploads",
                                  help="Let visitors bring files."),
-    visitors: int = typer.Option(32, help="How many may talk."),
+    visitors: int = typer.Option(32, min=1, help="How many may talk."),
 ) -> None:
     """Chat in the browser.
 
@@ -597,7 +615,8 @@ def ui(
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from minigpt.chat import ChatSession, adapter_key
-    from minigpt.ui import gradio_app, model_card, page_style
+    from minigpt.ui import check_folder, gradio_app, model_card, page_style
+    check_folder(votes)
     for folder in adapter:
         adapter_key(folder)                                # exists?
     session = ChatSession(model, documents=documents)

@@ -5,18 +5,21 @@ import json
 import socket
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
 import torch
+from exercise_cells import exercises, said as told
 from prometheus_client.parser import text_string_to_metric_families
 
+import minigpt.server
 from minigpt.bpe import BPETokenizer
 from minigpt.chat import load_pair
 from minigpt.data import ChatRenderer
 from minigpt.generation import Decoder, Options, RepetitionPenalty, TextStream, generate, read
 from minigpt.gpt2 import GPT2, GPT2Config, KVCache
-from minigpt.server import (Answer, Ask, Batch, Engine, Limits, Slots, create_app, row_decoder, running,
+from minigpt.server import (Ask, Batch, Engine, Limits, Reply, Slots, create_app, row_decoder, running,
                             step_rows)
 
 TALKS = ["What is a whale?", "Tell me a joke.", "Hi", "What is 7 plus 5?", "Why is the sky blue?",
@@ -123,7 +126,7 @@ def test_rows_that_join_and_leave_draw_what_they_draw_alone(small, options, ledg
     model, tokenizer = small
     engine = Engine(model, tokenizer, Limits(max_batch=4, chunk=5, max_queue=99))
     prompts = [[(7 * i + j) % 900 + 3 for j in range(1 + i % 13)] for i in range(24)]
-    asks = [Ask(ids, [Answer(tokenizer, ids, Options(seed=i, **options), 3 + i % 17)]) for i, ids in enumerate(prompts)]
+    asks = [Ask(ids, [Reply(tokenizer, ids, Options(seed=i, **options), 3 + i % 17)]) for i, ids in enumerate(prompts)]
     engine.submit(*asks)
     rounds = 0
     while engine.round():
@@ -142,7 +145,7 @@ def test_rows_that_join_and_leave_draw_what_they_draw_alone(small, options, ledg
 def test_n_answers_share_one_reading(small):
     model, tokenizer = small
     batch = Batch(model, 4, chunk=64)
-    ask = Ask([5, 6, 7], [Answer(tokenizer, [5, 6, 7], Options(seed=i), 8) for i in range(3)])
+    ask = Ask([5, 6, 7], [Reply(tokenizer, [5, 6, 7], Options(seed=i), 8) for i in range(3)])
     assert batch.read(ask) == 3 and batch.slots.lengths == [3, 3, 3]
     while batch.rows:
         batch.step()
@@ -157,8 +160,8 @@ def test_a_failing_row_fails_alone(small):
     def broken(ids, logits, step):
         return logits / (2 - step) if 1 // (2 - step) else logits
 
-    good = Ask([5], [Answer(tokenizer, [5], Options(temperature=0), 6)])
-    bad = Ask([5], [Answer(tokenizer, [5], Options(processors=(broken,), seed=1), 6)],
+    good = Ask([5], [Reply(tokenizer, [5], Options(temperature=0), 6)])
+    bad = Ask([5], [Reply(tokenizer, [5], Options(processors=(broken,), seed=1), 6)],
               tell=lambda number, piece: heard.append(piece))
     engine.submit(bad, good)
     while engine.round():
@@ -401,9 +404,9 @@ def wait_until(true, seconds=20):
 def test_a_cancelled_ask_gets_no_further_token(small):
     model, tokenizer = small
     engine = Engine(model, tokenizer)
-    ask = Ask([5], [Answer(tokenizer, [5], Options(seed=1), 200)])
+    ask = Ask([5], [Reply(tokenizer, [5], Options(seed=1), 200)])
     ask.tell = lambda number, piece: ask.cancel() if len(ask.answers[0].result.ids) == 3 else None
-    other = Ask([5], [Answer(tokenizer, [5], Options(seed=2), 9)])
+    other = Ask([5], [Reply(tokenizer, [5], Options(seed=2), 9)])
     engine.submit(ask, other)
     while engine.round():
         pass
@@ -554,3 +557,17 @@ def test_an_adapter_is_merged_and_gives_its_name(small, tmp_path):
     with_it, without = (generate(m, [5, 6], max_new_tokens=12, temperature=0).ids
                         for m in (adapted(model, tmp_path / "pirate"), model))
     assert with_it != without and text == "".join(TextStream(tokenizer, iter(with_it)))
+
+
+# ------------------------------------------------------------------ the notebook's exercises
+
+@pytest.mark.parametrize("number, empty, check, solution", exercises("11"), ids=lambda value: value[:5])
+def test_exercises(number, empty, check, solution, capsys, pair):
+    """The empty cell is said to be unsolved, the folded solution to be correct."""
+    lines = (Path(__file__).parent.parent / "nbs" / "11_server.ipynb").read_text(encoding="utf-8")
+    cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(lines)["cells"]}
+    space = vars(minigpt.server) | {"lengths": [1], "model": pair[0], "tokenizer": pair[1]}
+    for name in ("in-turn", "static", "continuous"):
+        exec(cells[name], space)
+    assert told(empty, check, space, capsys).startswith("not solved yet")
+    assert told(solution, check, space, capsys) == "correct"
