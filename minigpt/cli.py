@@ -640,7 +640,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 # %% ../nbs/10_chat_ui.ipynb #register
-from . import cli_eval, cli_generate
+from . import cli_eval, cli_generate, cli_rag
 
 cli_generate.register(app)
 cli_eval.register(app)
+cli_rag.register(app)
