@@ -113,7 +113,7 @@ def encode_chats(chats: Iterable[dict | str], tokenizer: BPETokenizer,
     for n in long:
         found[n] = shorten(rows[n], encoder, length) \
             if too_long == "cut" else (b"", b"")
-    ids, mask = (b"".join(part) for part in zip(*found)) if found else "  "
+    ids, mask = (b"".join(row[n] for row in found) for n in (0, 1))
     if not ids:
         raise ValueError("no conversation is left to learn from: there are "
                          f"{len(found)}, too long are {len(long)}")
@@ -265,6 +265,11 @@ def tuning_config(rows: int, epochs: float,
     batch = changes.get("batch_size", 8)
     steps = changes.setdefault(
         "max_steps", max(1, math.ceil(epochs * rows / batch)))
+    known = TrainConfig.__dataclass_fields__
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"{name!r} is no setting; there are: "
+                             f"{', '.join(known)}")
     usual = {"batch_size": 8, "lr": 3e-4, "final_lr": 0.1, "log_every": 5,
              "warmup_steps": max(1, (steps or 100) // 20),
              "eval_every": max(1, (steps or 100) // 4)}
@@ -325,7 +330,11 @@ class FinetuneResult(TrainResult):
 # %% ../nbs/07_finetuning.ipynb #checks
 def check_pair(model: GPT2, tokenizer: BPETokenizer) -> None:
     """Raise ValueError unless the two belong together and can be tuned."""
-    ChatRenderer(tokenizer)                      # has the chat tokens?
+    missing = [n for n in CHAT_TOKENS if n not in tokenizer.special_tokens]
+    if missing:
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}: add "
+                         "them with add_chat_tokens(model, tokenizer) "
+                         "(--add-chat-tokens), or train one that has them")
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the "
                          f"model {model.config.vocab_size}: they do not "
