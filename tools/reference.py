@@ -175,7 +175,7 @@ def module_page(module: Module, home: dict[str, str], titles: dict[str, str]) ->
     """The page of a module. home: class -> module, for the links to base classes."""
     title = titles.get(module.notebook, module.notebook)
     parts = [f'---\ntitle: "minigpt.{module.name}"\n---',
-             f"{escaped(module.doc)}{'.' * bool(module.doc)} Built, step by step, in "
+             f"{escaped(module.doc.rstrip('.'))}{'.' * bool(module.doc)} Built, step by step, in "
              f"[{title}](../{module.notebook})." if module.notebook else escaped(module.doc)]
     for name in module.names:
         parts += entry(name, 2)
