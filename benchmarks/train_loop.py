@@ -17,7 +17,6 @@ import tempfile
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import _common as c
 import _models as m
@@ -35,6 +34,7 @@ def shape(cfg):
 def bare_loop(cfg, dtype, steps):
     """CPU or wall seconds of `steps` bare steps."""
     from minigpt.gpt2 import GPT2
+    from minigpt.training import summed_loss
     torch.manual_seed(0)
     model = GPT2(shape(cfg)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -43,9 +43,7 @@ def bare_loop(cfg, dtype, steps):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
-            loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        loss.backward()
+        (summed_loss(model, x, y, getattr(torch, DTYPES[dtype])) / y.numel()).backward()
         optimizer.step()
     for _ in range(3):
         step()

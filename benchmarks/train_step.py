@@ -35,7 +35,12 @@ def load_project(cfg):
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=cfg["vocab"], block_size=cfg["block"], n_layer=cfg["n_layer"],
                             n_head=cfg["n_head"], n_embd=cfg["n_embd"])).train()
-    return lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten()), model.parameters()
+    from minigpt.training import summed_loss
+
+    def loss(x, y):  # the loss of the training loop; the autocast is that of the caller
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        return summed_loss(model, x, y, dtype) / y.numel()
+    return loss, model.parameters()
 
 
 def gemm_gflops(dtype, shape, rounds=5) -> float:

@@ -424,15 +424,20 @@ def parse_settings(pairs: Iterable[str]) -> dict:
 
 # %% ../nbs/10_chat_ui.ipynb #make-recipe
 def make_recipe(text: list[str], chats: list[str], preset: str,
-                tokenizer: str | None, vocab_size: int | None) -> dict:
+                tokenizer: str | None, vocab_size: int | None,
+                tokens: str | None = None, held: str | None = None) -> dict:
     """A recipe of one phase, as `load_recipe` would give it."""
-    if not text and not chats:
+    if not (text or chats or tokens):
         raise ValueError("nothing to train on: name a recipe (nano-stories, "
-                         "for example), --text or --chats")
+                         "for example), --text, --chats or --tokens")
+    if tokens and (text or chats):
+        raise ValueError(f"--tokens {tokens} is packed already: pack --text "
+                         "and --chats into it too, or leave them out")
     own = {"train": vocab_size} if vocab_size else {"name": tokenizer}
-    return {"model": {"preset": preset}, "tokenizer": own,
-            "phase": [{"text": text, "chats": chats}],
-            "held": {"share": 0.05}}
+    kept = {"tokens": held} if held else {} if tokens else {"share": 0.05}
+    part = {"tokens": tokens} if tokens else {"text": text, "chats": chats}
+    return {"model": {"preset": preset}, "tokenizer": own, "phase": [part],
+            "held": kept}
 
 # %% ../nbs/10_chat_ui.ipynb #train
 @app.command()
@@ -443,6 +448,9 @@ def train(
     text: list[str] = typer.Option([], help="Text to train on, if without a "
                                    "recipe; may be repeated."),
     chats: list[str] = typer.Option([], help="The same for chats."),
+    tokens: str = typer.Option(None, help="A file of `minigpt data pack` "
+                               "instead."),
+    held: str = typer.Option(None, help="Another, for the held-out loss."),
     preset: str = typer.Option("nano", help="The model's size: nano, mini, "
                                "gpt2, gpt2-medium, gpt2-large, gpt2-xl."),
     tokenizer: str = typer.Option(None, help="Folder or name; default: the "
@@ -454,6 +462,10 @@ def train(
     out: Path = typer.Option(None, help="The run's folder."),
     folder: Path = typer.Option(Path("."), help="Where its data files are."),
     resume: bool = typer.Option(False, "--resume", help="Go on with it."),
+    force: bool = typer.Option(False, "--force", help="Go on with it, with "
+                               "other settings than it had."),
+    tensorboard: bool = typer.Option(False, "--tensorboard", help="Also "
+                                     "write the numbers for TensorBoard."),
     num_proc: int = typer.Option(1, help="Processes that encode."),
 ) -> None:
     """Train a model, by a recipe or by flags.
@@ -462,14 +474,19 @@ def train(
     Examples:
       minigpt train nano-stories
       minigpt train --text book.txt --vocab-size 2048 --set max_steps=500
+      minigpt train --tokens talks.tokens --preset mini
       torchrun --nproc-per-node 8 -m minigpt train mini-chat --folder data
     """
-    if recipe and (text or chats):
+    if recipe and (text or chats or tokens):
         raise ValueError(f"a recipe ({recipe}) names its own data: leave out "
-                         "--text and --chats, or the recipe")
-    from minigpt.training import run_recipe
-    plan = recipe or make_recipe(text, chats, preset, tokenizer, vocab_size)
-    result = run_recipe(plan, out=out, folder=folder, resume=resume,
+                         "--text, --chats and --tokens, or the recipe")
+    from minigpt.training import load_recipe, run_recipe
+    plan = load_recipe(recipe) if recipe else make_recipe(
+        text, chats, preset, tokenizer, vocab_size, tokens, held)
+    if tensorboard:
+        plan["tensorboard"] = True
+    result = run_recipe(plan, out=out, folder=folder,
+                        resume="force" if force else resume,
                         changes=parse_settings(settings), num_proc=num_proc)
     print(f"{result!r}, saved in {result.folder / 'model'}")
 

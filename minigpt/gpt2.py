@@ -8,8 +8,8 @@ __all__ = ['PRESETS', 'ACTIVATIONS', 'HF_FIELDS', 'SHIPPED', 'HUB_NAMES', 'TAPS'
            'check_ids', 'GPT2Core', 'KVCache', 'count_parts', 'Memory', 'estimate_memory', 'config_from_hf',
            'config_to_hf', 'find_model', 'download_model', 'read_config', 'weight_files', 'read_tensors', 'our_name',
            'is_conv1d', 'quantize_rows', 'dequantize_rows', 'read_weights', 'check_weights', 'GPT2', 'hf_weights',
-           'int8_weights', 'model_card', 'generation_config', 'write_aside', 'save_model', 'write_json',
-           'write_tensors', 'save_int8', 'trace_names', 'match_names', 'hook_up', 'trace', 'logit_lens']
+           'int8_weights', 'model_card', 'generation_config', 'write_json', 'write_tensors', 'write_aside',
+           'save_model', 'save_int8', 'trace_names', 'match_names', 'hook_up', 'trace', 'logit_lens', 'plot_lens']
 
 # %% ../nbs/03_gpt2.ipynb #imports
 import difflib
@@ -484,9 +484,8 @@ def estimate_memory(config: GPT2Config, batch: int, block: int | None,
     size = pick_dtype("cpu", dtype).itemsize
     C, V, N = config.n_embd, config.vocab_size, batch * T
     count = sum(count_parts(config).values())
-    rows = 10 if size == 4 else 5                # in the widest block
     if not training:
-        acts = N * (rows * C + V) * size
+        acts = N * (10 * C + V) * size  # ten rows: inside the MLP
         return Memory(count * size, 0, 0, acts,
                       count * size + acts + 6 * 2**20)
     copies = count * size if size < 4 else 0     # of the weights, by autocast
@@ -818,6 +817,20 @@ def generation_config(config: GPT2Config, tokenizer=None) -> dict:
             "pad_token_id": hf["eos_token_id"], "do_sample": True,
             "temperature": 0.7, "top_k": 50, "top_p": 0.9}
 
+# %% ../nbs/03_gpt2.ipynb #writejson
+def write_json(path: Path, values: dict) -> None:
+    """Write values as indented json in UTF-8."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+# %% ../nbs/03_gpt2.ipynb #writetensors
+def write_tensors(folder: Path, tensors: dict[str, Tensor], form: str
+                  ) -> None:
+    """Write model.safetensors beside config.json, readable by the same
+    people; `form` is the format that its metadata names."""
+    save_file(tensors, folder / "model.safetensors",
+              metadata={"format": form})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
 # %% ../nbs/03_gpt2.ipynb #writeaside
 def write_aside(folder: str | Path, write: Callable[[Path], None],
                 overwrite: bool = False) -> None:
@@ -864,20 +877,6 @@ def save_model(model: GPT2Core, folder: str | Path, tokenizer=None,
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
     write_aside(folder, write, overwrite)
-
-# %% ../nbs/03_gpt2.ipynb #writejson
-def write_json(path: Path, values: dict) -> None:
-    """Write values as indented json in UTF-8."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-# %% ../nbs/03_gpt2.ipynb #writetensors
-def write_tensors(folder: Path, tensors: dict[str, Tensor], form: str
-                  ) -> None:
-    """Write model.safetensors beside config.json, readable by the same
-    people; `form` is the format that its metadata names."""
-    save_file(tensors, folder / "model.safetensors",
-              metadata={"format": form})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 # %% ../nbs/03_gpt2.ipynb #saveint8
 def save_int8(model: GPT2Core, folder: str | Path, *, overwrite: bool = False
@@ -988,3 +987,36 @@ def logit_lens(model: GPT2Core, ids: Tensor) -> Tensor:
     kept = trace(model, ids, ["blocks.0.resid_pre", "blocks.*.resid_post"])
     stream = torch.stack(list(kept.values()))          # (L + 1, B, T, C)
     return F.linear(model.ln_f(stream), model.wte.weight)
+
+# %% ../nbs/03_gpt2.ipynb #plotlens
+def plot_lens(model: GPT2Core, tokenizer, text: str):
+    """Draw what each layer of a model would say, token by token of a text.
+
+    A column is a token that is read, a row the number of blocks passed; the
+    colour is the probability of the word in the cell. Returns the matplotlib
+    axes. Raises ValueError for a text that does not fit into the picture.
+    """
+    import matplotlib.pyplot as plt
+    ids = tokenizer.encode(text)
+    if not 1 <= len(ids) <= 24:
+        raise ValueError(f"the text has {len(ids)} tokens; 1 to 24 fit into "
+                         "the picture")
+    words = [tokenizer.decode([i]).replace("\n", "\\n") for i in ids]
+    lens = logit_lens(model, torch.tensor([ids], device=model.device))
+    best = lens[:, 0].float().softmax(-1).cpu().max(-1)      # (L + 1, T)
+    ax = plt.subplots(figsize=(max(4, 0.75 * len(ids)), 4.2),
+                      layout="constrained")[1]
+    picture = ax.imshow(best.values, cmap="Blues", vmin=0, vmax=1,
+                        aspect="auto")
+    for row, line in enumerate(best.indices.tolist()):
+        for t, i in enumerate(line):
+            word = tokenizer.decode([i]).replace("\n", "\\n")
+            ax.text(t, row, word, ha="center", va="center", fontsize=7,
+                    color="white" if best.values[row, t] > 0.6 else "black",
+                    parse_math=False)
+    ax.set_xticks(range(len(words)), words, rotation=30, fontsize=8,
+                  parse_math=False)
+    ax.set(xlabel="token read", ylabel="blocks passed",
+           title="the likeliest next token, block by block")
+    ax.figure.colorbar(picture, label="its probability")
+    return ax

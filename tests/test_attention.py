@@ -1,8 +1,5 @@
 """minigpt.attention against values computed another way: plain loops, torch, transformers."""
-import json
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from exercise_cells import exercises, said
 from minigpt.attention import (CausalSelfAttention, attend, attention, causal_mask, merge_heads, plot_heads,
                                plot_pattern, split_heads)
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs" / "02_attention.ipynb"
 torch.manual_seed(0)
 
 
@@ -306,24 +303,16 @@ def test_plot_heads_draws_every_head(pyplot):
 
 # ------------------------------------------------------------------ the exercises
 
-def exercise_cells():
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(c["source"]) for c in cells]
-    for i, text in enumerate(sources):
-        if text.startswith("# exercise 02."):
-            solution = re.search(r"<details>.*?```python\n(.*?)```", sources[i + 2], re.S).group(1)
-            yield pytest.param(text, sources[i + 1], solution, id=text.split("\n")[0][2:])
+def names():
+    patterns = torch.rand(8, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    return dict(torch=torch, math=math, Tensor=torch.Tensor, attention=attention, causal_mask=causal_mask, patterns=patterns,
+                sdpa=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
-@pytest.mark.parametrize("empty, check, solution", exercise_cells())
-def test_exercise(empty, check, solution, capsys):
-    space = dict(torch=torch, math=math, Tensor=torch.Tensor, attention=attention, causal_mask=causal_mask,
-                 patterns=torch.rand(8, 8, 16, 16, generator=torch.Generator().manual_seed(0)),
-                 sdpa=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    number = re.match(r"# exercise (\S+)", empty).group(1)
-    for code, said in ((empty, "not solved yet"), (solution, "correct")):
-        exec(compile(code + "\n" + check, number, "exec"), space)
-        assert capsys.readouterr().out.strip() == f"exercise {number}: {said}"
+@pytest.mark.parametrize("number, empty, check, solution", exercises("02"), ids=lambda v: v if len(v) == 4 else "")
+def test_exercise(number, empty, check, solution, capsys):
+    assert said(empty, check, names(), capsys) == "not solved yet"
+    assert said(solution, check, names(), capsys) == "correct"
 
 
 @pytest.mark.parametrize("number, wrong, words", [
@@ -334,9 +323,4 @@ def test_exercise(empty, check, solution, capsys):
     (4, "def one_pass(s, v):\n    e = s.exp()\n    return (e[:, None] * v).sum(0) / e.sum()", "subtract the largest"),
 ])
 def test_a_wrong_solution_is_told_why(number, wrong, words, capsys):
-    check = [p.values[1] for p in exercise_cells()][number - 1]
-    space = dict(torch=torch, math=math, Tensor=torch.Tensor, attention=attention, causal_mask=causal_mask,
-                 patterns=torch.rand(8, 8, 16, 16, generator=torch.Generator().manual_seed(0)),
-                 sdpa=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    exec(compile(wrong + "\n" + check, "wrong", "exec"), space)
-    assert words in capsys.readouterr().out
+    assert words in said(wrong, exercises("02")[number - 1][2], names(), capsys)

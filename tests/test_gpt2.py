@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from exercise_cells import exercises, said
+from minigpt import gpt2
 from minigpt.attention import attention
 from minigpt.bpe import BPETokenizer
 from minigpt.gpt2 import (ASSETS, GPT2, HUB_NAMES, PRESETS, Block, GPT2Config, KVCache, TanhGELU, dequantize_rows,
-                          find_model, gelu, init_weights, logit_lens, pick_device, pick_dtype, quantize_rows, save_int8,
+                          find_model, gelu, init_weights, logit_lens, pick_device, pick_dtype, plot_lens, quantize_rows, save_int8,
                           trace, trace_names, write_aside)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -485,3 +487,61 @@ def test_logit_lens_ends_in_the_logits(tiny):
     assert lens.shape == (3, 2, 10, 50) and torch.allclose(lens[-1], tiny(ids_of()), atol=1e-5)
     start = tiny.ln_f(tiny.wte.weight[ids_of()] + tiny.wpe.weight[:10]) @ tiny.wte.weight.T
     assert torch.allclose(lens[0], start, atol=1e-5)
+
+
+def test_plot_lens_shows_each_layers_guess(monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer.from_pretrained()
+    model = GPT2(GPT2Config.preset("nano", vocab_size=20000, n_layer=2, n_embd=16, n_head=2, block_size=32)).eval()
+    text = "Tom said: $5 for\nthe red kite"
+    ids = torch.tensor([tokenizer.encode(text)])
+    ax = plot_lens(model, tokenizer, text)
+    ax.figure.canvas.draw()
+    guesses = [t.get_text() for t in ax.texts]
+    assert len(guesses) == 3 * ids.shape[1] and "\n" not in "".join(guesses)
+    last = [tokenizer.decode([i]).replace("\n", "\\n") for i in model(ids)[0].argmax(-1).tolist()]
+    assert guesses[-len(last):] == last
+    first = model.ln_f(model.wte(ids) + model.wpe(torch.arange(ids.shape[1]))) @ model.wte.weight.T
+    assert torch.allclose(torch.tensor(ax.images[0].get_array()[0]), first[0].softmax(-1).max(-1).values, atol=1e-5)
+    matplotlib.pyplot.close(ax.figure)
+    for bad in ("", "word " * 25):
+        with pytest.raises(ValueError, match="1 to 24 fit"):
+            plot_lens(model, tokenizer, bad)
+
+
+# ------------------------------------------------------------------ the exercises
+
+@pytest.fixture(scope="module")
+def names():
+    """What the checks of chapter 03 look at, with a small model in place of the shipped one."""
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size=50, block_size=16, n_layer=8, n_head=8, n_embd=64)).eval()
+    for block in model.blocks:                                          # patterns that differ from head to head
+        torch.nn.init.normal_(block.attn.c_attn.weight, std=0.5)
+    ids = ids_of(1, 12)
+    with torch.no_grad():
+        seen = model.trace(ids)
+    return vars(gpt2) | dict(shipped=model, ids=ids, seen=seen, nano=GPT2Config.preset("nano", block_size=32))
+
+
+@pytest.mark.parametrize("number, empty, check, solution", exercises("03"), ids=lambda v: v if len(v) == 4 else "")
+def test_exercise(number, empty, check, solution, names, capsys):
+    assert said(empty, check, names, capsys) == "not solved yet"
+    assert said(solution, check, names, capsys) == "correct"
+
+
+@pytest.mark.parametrize("number, wrong, words", [
+    (1, "def my_layer_norm(x, w, b, eps=1e-5): return (x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + eps) * w + b", "C - 1"),
+    (1, "def my_layer_norm(x, w, b, eps=1e-5): return F.layer_norm(x, x.shape[1:], None, None) * w + b", "differ"),
+    (1, "def my_layer_norm(x, w, b, eps=1e-5): return x.mean(-1)", "shape is (2, 3)"),
+    (2, "def block_parameters(C): return 12 * C * C", "biases and LayerNorms are missing"),
+    (2, "def block_parameters(C): return C", "you have 128"),
+    (3, "def cache_bytes(config, tokens, size=4): return config.n_layer * tokens * config.n_embd * size", "two tensors"),
+    (4, "def previous_token_head(model, ids): return 99, 0", "not a pair"),
+    (4, "def previous_token_head(model, ids): return min((w[0, h].diagonal(-1).mean().item(), (n, h)) for n in range(8) "
+        "for w in [seen[f'blocks.{n}.attn.pattern']] for h in range(8))[1]", "there is a higher one"),
+])
+def test_a_wrong_solution_is_told_why(number, wrong, words, names, capsys):
+    assert words in said(wrong, exercises("03")[number - 1][2], names, capsys)

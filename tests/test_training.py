@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from exercise_cells import exercises, said
 from minigpt import training as t
 from minigpt.bpe import BPETokenizer
 from minigpt.data import TokenFile, WindowSampler, load_text, pack
@@ -121,6 +122,37 @@ def test_accumulated_gradients_are_one_big_batch(micro_batch, ledger):
     apart = (parts - whole).abs().max().item()
     ledger(f"gradients accumulated over micro-batches of {micro_batch} = one big batch", apart, peer="torch", bound=1e-6)
     assert torch.isfinite(parts).all() and apart < 1e-6
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2 ** -7)])
+@pytest.mark.parametrize("piece", [1, 700, 2 ** 18])
+def test_loss_in_rows_is_cross_entropy(dtype, bound, piece, monkeypatch, ledger):
+    monkeypatch.setattr(t.RowsLoss, "PIECE", piece)
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(40, 300, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(300, (40,), generator=generator)
+    targets[::3] = -100
+    ours = t.RowsLoss.apply(logits, targets)
+    peer = F.cross_entropy(logits.double(), targets, reduction="sum")
+    one, two = (torch.autograd.grad(loss / 7, logits)[0].double() for loss in (ours, peer))
+    assert ours.dtype == torch.promote_types(dtype, torch.float32) and (one[::3] == 0).all()
+    apart = max((one - two).abs().max().item(), abs(ours.item() / peer.item() - 1))
+    ledger(f"loss and gradient in rows = cross_entropy, {str(dtype)[6:]}", apart, peer="torch", bound=bound)
+    assert apart < bound
+    with torch.no_grad():
+        assert t.RowsLoss.apply(logits, targets) == ours
+    assert t.RowsLoss.apply(logits, torch.full_like(targets, -100)) == 0
+
+
+def test_loss_in_rows_refuses_what_would_be_wrong():
+    logits = torch.randn(4, 10, requires_grad=True)
+    for bad in (10, -5):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            t.RowsLoss.apply(logits, torch.tensor([0, 1, 2, bad]))
+    loss = t.RowsLoss.apply(logits, torch.tensor([0, 1, 2, 3]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="in-?place"):                # not silently with a gradient scaled twice
+        loss.backward()
 
 
 def test_step_is_torchs_own(ledger):
@@ -661,9 +693,21 @@ def test_recipes_load_and_ship(name):
     config = TrainConfig(**options)
     GPT2Config.preset(**{"name" if k == "preset" else k: v for k, v in recipe["model"].items()})
     assert recipe["name"] == name and config.max_steps
-    source = ROOT / "recipes" / f"{name}.toml"
-    if source.exists():                                                 # in a clone: the package's copy is the same
-        assert source.read_bytes() == t.find_recipe(name).read_bytes()
+
+
+def test_mini_chat_is_the_recipe_of_the_shipped_model():
+    """The figures of the shipped model's card: phases, batch, schedule, optimizer, dropout."""
+    recipe = t.load_recipe("mini-chat")
+    first, second = recipe["phase"]
+    assert first["chats"] == second["chats"] == ["train.jsonl.xz", "extra.jsonl.xz"]
+    assert (first["until"], first["loss"], second["loss"]) == (0.7, "all", "answers")
+    assert first["plain"] == ["story", "paragraph"] and "plain" not in second and recipe["held"] == {"chats": "held.jsonl"}
+    config = TrainConfig(**recipe["train"] | {"betas": tuple(recipe["train"]["betas"])})
+    assert t.learning_rate(config, 0, 0.0) == pytest.approx(5e-6) and t.learning_rate(config, 183, 0.02) == pytest.approx(9.2e-4)
+    assert t.learning_rate(config, 2700, 0.34) == 1.5e-3 and t.learning_rate(config, 8000, 1.0) == pytest.approx(1.5e-5)
+    assert (config.batch_size, config.clip, config.betas, config.weight_decay) == (64, 1.0, (0.9, 0.95), 0.1)
+    shape = GPT2Config.preset(recipe["model"].pop("preset"), **recipe["model"])
+    assert shape.dropout == 0.1 and sum(shape.parts().values()) == 35_984_384
 
 
 def test_recipe_runs_resumes_and_answers(tmp_path):
@@ -693,6 +737,58 @@ def test_recipe_with_chats_in_two_phases(tmp_path):
     assert result.step == 4 and {"held", "held_answers"} <= result.history[-1].keys()
     sizes = sorted(len(TokenFile(p)) for p in (tmp_path / "run" / "data").glob("train-*.tokens"))
     assert len(sizes) == 2 and sizes[0] < sizes[1]                     # the first phase has the plain stories too
+
+
+def test_recipe_with_packed_tokens(tmp_path):
+    """What `minigpt data pack` writes, in place of texts: the same windows, so the same losses."""
+    tokenizer = BPETokenizer.train(load_text(limit=60), 300, ["<|endoftext|>"], progress=False)
+    tokenizer.save_pretrained(tmp_path / "words")
+    for name, rows in (("a", load_text(limit=60)), ("b", load_text(limit=70)[60:])):
+        pack(rows, tmp_path / f"{name}.tokens", tokenizer, progress=False)
+    recipe = {"model": {"preset": "nano", "n_layer": 1, "n_embd": 16, "n_head": 1, "block_size": 32},
+              "tokenizer": {"name": str(tmp_path / "words")}, "phase": [{"tokens": "a.tokens"}], "held": {"tokens": "b.tokens"},
+              "tensorboard": True, "train": {"max_steps": 3, "batch_size": 2, "log_every": 1, "eval_windows": 4}}
+    run = t.run_recipe(recipe, out=tmp_path / "run", folder=tmp_path, progress=False)
+    torch.manual_seed(0)
+    plain = train(GPT2(run.model.config), TokenFile(tmp_path / "a.tokens"), TrainConfig(**recipe["train"]),
+                  held=TokenFile(tmp_path / "b.tokens"), progress=False)
+    assert [r["loss"] for r in run.history] == [r["loss"] for r in plain.history]
+    assert run.history[-1]["held"] == plain.history[-1]["held"]
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    for change, words in (({"held": {"share": 0.1}}, "can't be split"), ({"tokenizer": {"name": "gpt2"}}, "packed with the tokenizer"),
+                          ({"tokenizer": {"train": 300}}, "no text to train a tokenizer"),
+                          ({"phase": [{"tokens": "c.tokens"}]}, "c.tokens")):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            t.run_recipe(recipe | change, out=tmp_path / "other", folder=tmp_path, progress=False)
+
+
+def test_command_line_from_text_to_model(tmp_path, monkeypatch):
+    """tokenizer train, data pack, train; then a resume that is refused, and one that is forced."""
+    from typer.testing import CliRunner
+    from minigpt.cli import app
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("\n\n".join(load_text(limit=60)), encoding="utf-8")
+
+    def call(*words: str):
+        result = CliRunner().invoke(app, list(words))
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    call("tokenizer", "train", "book.txt", "words", "--vocab-size", "300")
+    call("data", "pack", "book.txt", "a.tokens", "--tokenizer", "words")
+    line = ["train", "--tokens", "a.tokens", "--held", "a.tokens", "--tokenizer", "words", "--out", "run", "--tensorboard"]
+    small = [x for s in ("block_size=32", "batch_size=2", "eval_windows=2", "max_steps=4") for x in ("--set", s)]
+    assert "step 4" in call(*line, *small) and list(Path("run/tensorboard").glob("events.*"))
+    assert GPT2.from_pretrained("run/model").config.vocab_size == 300
+    assert BPETokenizer.from_pretrained("run/model").vocab_size == 300
+    with pytest.raises(ValueError, match="max_steps: 4 then, 6 now"):
+        call(*line, *small, "--set", "max_steps=6", "--resume")
+    assert "step 6" in call(*line, *small, "--set", "max_steps=6", "--force")
+    for more in (["--text", "book.txt"], ["nano-stories"]):
+        with pytest.raises(ValueError, match="leave"):
+            call(*line, *more)
 
 
 @pytest.mark.parametrize("text, words", [
@@ -734,3 +830,29 @@ def test_positions_belong_to_the_sampler():
     halves = [t.Batches([Phase(data)], TrainConfig(batch_size=4), 32, Ranks(r, 2)).next(0)[0] for r in (0, 1)]
     assert np.array_equal(whole, np.concatenate(halves))
     assert np.array_equal(whole, WindowSampler(data, 32, 4, seed=0).next_batch().x)
+
+
+# ------------------------------------------------------------------ the exercises
+
+def names() -> dict:
+    """What the checks of chapter 04 look at."""
+    chat = TokenArray(np.arange(100), mask=np.arange(100) % 2)
+    return vars(t) | {"toy": t.Batches([Phase(chat, 0.7), Phase(chat, 1.0, "answers")], TrainConfig(batch_size=1), 6)}
+
+
+@pytest.mark.parametrize("number, empty, check, solution", exercises("04"), ids=lambda v: v if len(v) == 4 else "")
+def test_exercise(number, empty, check, solution, capsys):
+    assert said(empty, check, names(), capsys) == "not solved yet"
+    assert said(solution, check, names(), capsys) == "correct"
+
+
+@pytest.mark.parametrize("number, wrong, words", [
+    (1, "def linear_schedule(step, total, warmup, peak): return peak * (total - step) / total", "at step 0 it should be 0.1"),
+    (2, "def counted_share(targets): return float((targets > 0).mean())", "for [[0, -100]] it is 0.5"),
+    (3, "class EarlyStop:\n    def __init__(self, patience): self.should_stop = True\n    def __call__(self, row, model): pass", "too early"),
+    (3, "class EarlyStop:\n    def __init__(self, patience): self.should_stop = False\n    def __call__(self, row, model): pass",
+     "two failures in a row"),
+    (4, "def days(weights, tokens, flops, mfu): return 2 * weights * tokens / (flops * mfu) / 86400", "about 0.21"),
+])
+def test_a_wrong_solution_is_told_why(number, wrong, words, capsys):
+    assert words in said(wrong, exercises("04")[number - 1][2], names(), capsys)
