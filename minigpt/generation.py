@@ -6,13 +6,13 @@
 __all__ = ['Ids', 'Processor', 'Strategy', 'Draft', 'NOTHING', 'EMPTY', 'CLASSES', 'ASCII', 'check_token', 'pick', 'check',
            'Temperature', 'TopK', 'TopP', 'MinP', 'Typical', 'RepetitionPenalty', 'count_new', 'PresencePenalty',
            'FrequencyPenalty', 'NoRepeatNGram', 'BannedTokens', 'BannedWords', 'ForcedTokens', 'Options', 'chain',
-           'check_options', 'apply', 'FastLinear', 'has_onednn', 'by_columns', 'Int8Linear', 'linear_function',
-           'product_function', 'Layer', 'norm_function', 'read_layer', 'shared_prefix', 'follow', 'Decoder', 'look_up',
-           'read', 'start', 'new_cache', 'feed', 'Move', 'run', 'Generation', 'row_seeds', 'pick_best',
-           'token_logprobs', 'Sample', 'as_prompts', 'fit', 'TokenStream', 'stream_options', 'generate_options',
-           'generate', 'stream', 'waiting', 'TextStream', 'stream_text', 'generate_text', 'BeamGroup', 'BeamOptions',
-           'extend_beams', 'may_improve', 'BeamSearch', 'beams_of', 'beam_search', 'Contrastive', 'contrastive_search',
-           'judge', 'ModelDraft', 'as_chances', 'NGramDraft', 'runs', 'Speculative', 'speculate', 'sequence', 'choice',
+           'check_options', 'apply', 'has_onednn', 'FastLinear', 'Int8Linear', 'linear_function', 'product_function',
+           'Layer', 'norm_function', 'read_layer', 'shared_prefix', 'follow', 'Decoder', 'look_up', 'read', 'start',
+           'new_cache', 'feed', 'Move', 'run', 'Generation', 'row_seeds', 'pick_best', 'token_logprobs', 'Sample',
+           'as_prompts', 'fit', 'TokenStream', 'stream_options', 'generate_options', 'generate', 'stream', 'waiting',
+           'TextStream', 'stream_text', 'generate_text', 'StopStrings', 'BeamGroup', 'BeamOptions', 'extend_beams',
+           'may_improve', 'BeamSearch', 'beams_of', 'beam_search', 'Contrastive', 'contrastive_search', 'judge',
+           'ModelDraft', 'as_chances', 'NGramDraft', 'runs', 'Speculative', 'speculate', 'sequence', 'choice',
            'literal', 'may_end', 'derive', 'parse_regex', 'parse_choice', 'parse_atom', 'any_character', 'parse_escape',
            'parse_class', 'parse_repeat', 'build_trie', 'allowed_tokens', 'RegexConstraint', 'choice_constraint']
 
@@ -271,6 +271,8 @@ class Options:
     temperature: 0 is greedy. stop_ids: tokens that end a text and are not
     part of it. seed: an int (row i of a batch takes seed + i), or one int a
     row; None draws one from torch's global generator.
+    stop_when: a function of a row's new ids that says whether the text has
+    ended, such as StopStrings; beams take no notice of it.
     overflow: what to do when prompt and new tokens exceed the context:
     "error", "truncate" (forget the prompt's start) or "slide" (go on, and
     forget the oldest quarter each time the context is full).
@@ -293,6 +295,7 @@ class Options:
     seed: int | Sequence[int] | None = None
     processors: Sequence[Processor] = ()
     overflow: str = "error"
+    stop_when: Callable[[list[int]], bool] | None = None
 
     def __post_init__(self):
         check_options(self)
@@ -347,36 +350,7 @@ def apply(processors: Sequence[Processor], ids: list[list[int]],
         logits = processor(ids, logits, step)
     return logits
 
-# %% ../nbs/05_generation.ipynb #fastlinear
-class FastLinear:
-    """x -> x weight^T + bias, with weights laid out for few rows of x.
-
-    One row of float32: columns side by side if there are more outputs than
-    inputs. A few rows, or bfloat16: oneDNN's blocks. The layouts are copies,
-    made when first needed; later changes of the weight are not seen.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.weight, self.bias = weight.detach(), bias
-        self.single = self.blocks = None
-        self.column = weight.dtype == torch.float32
-        self.onednn = has_onednn(weight.dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if rows == 1 and self.column:
-            if self.single is None:
-                self.single = by_columns(self.weight)
-            return F.linear(x, self.single, self.bias)
-        if not self.onednn or rows > 16 and self.blocks is None:
-            return F.linear(x, self.weight, self.bias)
-        if self.blocks is None:
-            make = torch.ops.mkldnn._reorder_linear_weight.default
-            self.blocks = make(self.weight.contiguous(), 8)
-        multiply = torch.ops.mkldnn._linear_pointwise.default
-        return multiply(x, self.blocks, self.bias, "none", [], "")
-
-# %% ../nbs/05_generation.ipynb #hasonednn
+# %% ../nbs/05_generation.ipynb #onednn
 def has_onednn(dtype: torch.dtype) -> bool:
     """Whether oneDNN's products are there for this dtype on the CPU."""
     if not torch.backends.mkldnn.is_available():
@@ -385,12 +359,27 @@ def has_onednn(dtype: torch.dtype) -> bool:
         dtype == torch.bfloat16
         and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-# %% ../nbs/05_generation.ipynb #bycolumns
-def by_columns(weight: Tensor) -> Tensor:
-    """The matrix (out, in), columns together in memory if out > in."""
-    if weight.shape[0] <= weight.shape[1]:
-        return weight
-    return weight.t().contiguous().t()
+# %% ../nbs/05_generation.ipynb #fastlinear
+class FastLinear:
+    """x -> x weight^T + bias, with weights laid out for few rows of x.
+
+    The layout is a copy in oneDNN's blocks, made when few rows first come;
+    later changes of the weight are not seen.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight.detach(), bias
+        self.blocks, self.onednn = None, has_onednn(weight.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        if not self.onednn or rows > 16 and self.blocks is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.blocks is None:
+            make = torch.ops.mkldnn._reorder_linear_weight.default
+            self.blocks = make(self.weight.contiguous(), 8)
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        return multiply(x, self.blocks, self.bias, "none", [], "")
 
 # %% ../nbs/05_generation.ipynb #int8linear
 class Int8Linear:
@@ -649,15 +638,17 @@ class Generation:
     steps: int = 0
     score: float | None = None
 
-    def add(self, token: int, logprob: float, stop: Sequence[int],
+    def add(self, token: int, logprob: float, options: Options,
             limit: int) -> bool:
-        """Take a token unless it ends the text; False once it has ended."""
-        if token in stop:
+        """Take a token unless it is a stop token; False once all is said."""
+        if token in options.stop_ids:
             self.finish_reason = "stop"
             return False
         self.ids.append(token)
         self.logprobs.append(logprob)
-        if len(self.ids) == limit:
+        if options.stop_when is not None and options.stop_when(self.ids):
+            self.finish_reason = "stop"
+        elif len(self.ids) == limit:
             self.finish_reason = "length"
         return self.finish_reason is None
 
@@ -703,7 +694,7 @@ class Sample:
         self.rows = list(range(len(prompts)))              # still going on
         self.rngs = [random.Random(seed)
                      for seed in row_seeds(options.seed, len(prompts))]
-        self.chain, self.stop = chain(options), set(options.stop_ids)
+        self.chain, self.options = chain(options), options
         self.greedy = options.temperature == 0
         self.limit, self.results, self.step = limit, results, 0
 
@@ -722,9 +713,9 @@ class Sample:
         for i, (row, token) in enumerate(zip(self.rows, tokens)):
             result = self.results[row]
             result.steps += 1
-            if result.add(token, logprobs[i], self.stop, self.limit):
+            if result.add(token, logprobs[i], self.options, self.limit):
                 stay.append(i)
-            if result.finish_reason != "stop":
+            if token not in self.options.stop_ids:
                 new.append((row, token))
         if len(stay) == len(tokens):
             rows = None
@@ -850,6 +841,7 @@ def generate(model: GPT2, ids: Sequence | Tensor, *,
              forced_ids: Sequence[int] = (), stop_ids: Sequence[int] = (),
              seed: int | Sequence[int] | None = None,
              processors: Sequence[Processor] = (), overflow: str = "error",
+             stop_when: Callable[[list[int]], bool] | None = None,
              decoder: Decoder | None = None
              ) -> Generation | list[Generation]:
     """Draw a text after `ids`; after each of several prompts, as one batch.
@@ -863,7 +855,7 @@ def generate(model: GPT2, ids: Sequence | Tensor, *,
         max_new_tokens, temperature, top_k, top_p, min_p, typical_p,
         repetition_penalty, presence_penalty, frequency_penalty,
         no_repeat_ngram_size, banned_ids, banned_words, forced_ids, stop_ids,
-        seed, processors, overflow), decoder)
+        seed, processors, overflow, stop_when), decoder)
 
 # %% ../nbs/05_generation.ipynb #streamf
 def stream(model: GPT2, ids: Sequence[int] | Tensor, *,
@@ -877,7 +869,9 @@ def stream(model: GPT2, ids: Sequence[int] | Tensor, *,
            banned_words: Sequence[Sequence[int]] = (),
            forced_ids: Sequence[int] = (), stop_ids: Sequence[int] = (),
            seed: int | None = None, processors: Sequence[Processor] = (),
-           overflow: str = "error", decoder: Decoder | None = None
+           overflow: str = "error",
+           stop_when: Callable[[list[int]], bool] | None = None,
+           decoder: Decoder | None = None
            ) -> TokenStream:
     """The ids of one text, as they are drawn; arguments as for `generate`.
 
@@ -887,7 +881,7 @@ def stream(model: GPT2, ids: Sequence[int] | Tensor, *,
         max_new_tokens, temperature, top_k, top_p, min_p, typical_p,
         repetition_penalty, presence_penalty, frequency_penalty,
         no_repeat_ngram_size, banned_ids, banned_words, forced_ids, stop_ids,
-        seed, processors, overflow), decoder)
+        seed, processors, overflow, stop_when), decoder)
 
 # %% ../nbs/05_generation.ipynb #waiting
 def waiting(text: str, stop_strings: Sequence[str]) -> int:
@@ -969,6 +963,24 @@ def generate_text(model: GPT2, tokenizer: BPETokenizer, prompt: str,
     pieces = stream_text(model, tokenizer, tokenizer.encode(prompt), options,
                          stop_strings=stop, decoder=decoder)
     return "".join(pieces)
+
+# %% ../nbs/05_generation.ipynb #stopstrings
+class StopStrings:
+    """For Options.stop_when: whether new ids hold one of `strings`.
+
+    The token that completes it is kept; cut the text with TextStream.
+    """
+
+    def __init__(self, tokenizer: BPETokenizer, strings: Sequence[str]):
+        check(not isinstance(strings, str) and all(strings), "strings",
+              strings, "a list of texts, none empty")
+        self.tokenizer = tokenizer
+        self.strings = [text.encode() for text in strings]
+        self.reach = max(map(len, self.strings), default=1)
+
+    def __call__(self, ids: list[int]) -> bool:
+        tail = self.tokenizer.decode_bytes(ids[-self.reach:])
+        return any(text in tail for text in self.strings)
 
 # %% ../nbs/05_generation.ipynb #group
 @dataclass
@@ -1118,7 +1130,10 @@ def beams_of(decoder: Decoder, prompt: list[int], options: Options,
     strategy = BeamSearch(rows[0], options, beams, limit)
     for _ in run(decoder, rows, strategy, limit):
         pass
-    return strategy.results()
+    found = strategy.results()
+    check_token(0 if found else decoder.config.vocab_size,
+                decoder.config.vocab_size)     # an error if none is left
+    return found
 
 # %% ../nbs/05_generation.ipynb #beamf
 def beam_search(model: GPT2, ids: Sequence | Tensor, *, num_beams: int = 4,
@@ -1154,28 +1169,32 @@ class Contrastive:
                  result: Generation):
         self.decoder, self.ids, self.top_k = decoder, list(prompt), top_k
         self.alpha, self.limit, self.result = alpha, limit, result
-        self.chain, self.stop = chain(options), set(options.stop_ids)
-        self.seen = self.candidates = self.probs = None
+        self.chain, self.options = chain(options), options
+        self.seen = self.candidates = self.probs = self.logprobs = None
 
     def __call__(self, logits: Tensor) -> Move:
         row, new, hidden = 0, [], F.normalize(self.decoder.hidden, dim=-1)
+        self.result.steps += 1
         if self.seen is None:
             self.seen = hidden[0]                          # (T, C)
         else:
             row = self.choose(hidden[:, -1])               # of (k, C)
             token = self.candidates[row]
             self.ids.append(token)
-            logprob = float(self.probs[row].log())
-            alive = self.result.add(token, logprob, self.stop, self.limit)
-            if self.result.finish_reason != "stop":
+            alive = self.result.add(token, self.logprobs[row], self.options,
+                                    self.limit)
+            if token not in self.options.stop_ids:
                 new = [(0, token)]
             if not alive:
                 return Move(new)
             self.seen = torch.cat([self.seen, hidden[row]])
-        shaped = apply(self.chain, [self.ids], logits[row:row + 1, -1],
-                       len(self.result.ids))
+        logits = logits[row:row + 1, -1]                   # (1, V)
+        shaped = apply(self.chain, [self.ids], logits, len(self.result.ids))
+        pick_best(shaped)                      # an error if none is left
         best = shaped.softmax(-1)[0].topk(self.top_k)
         self.probs, self.candidates = best.values, best.indices.tolist()
+        self.logprobs = token_logprobs(logits.expand(self.top_k, -1),
+                                       self.candidates)
         return Move(new, [[token] for token in self.candidates],
                     [row] * self.top_k, shared=len(self.ids) - 1)
 
@@ -1183,7 +1202,7 @@ class Contrastive:
         """The candidate that is likely and unlike what was seen."""
         like = (hidden @ self.seen.T).amax(-1).to(self.probs)  # (k,)
         score = (1 - self.alpha) * self.probs - self.alpha * like
-        return int(score.argmax())
+        return int(score.masked_fill(self.probs == 0, -torch.inf).argmax())
 
 # %% ../nbs/05_generation.ipynb #contrastivef
 def contrastive_search(model: GPT2, ids: Sequence[int] | Tensor,
@@ -1315,7 +1334,7 @@ class Speculative:
         self.result.steps += 1
         new, accepted = [], 0
         for i, guess in enumerate([*self.guesses, None]):
-            p = self.model_chances(logits[:, i], len(new))
+            p = self.model_chances(logits[:, i])
             if guess is None:                  # all were right: one for free
                 token, = pick(p.log()[None], [self.rng])
             else:
@@ -1323,8 +1342,8 @@ class Speculative:
                 token = judge(guess, p, q, self.rng)
             alive = self.result.add(
                 token, token_logprobs(logits[:, i], [token])[0],
-                self.options.stop_ids, self.limit)
-            if self.result.finish_reason != "stop":
+                self.options, self.limit)
+            if token not in self.options.stop_ids:
                 new.append((0, token))
                 self.ids.append(token)
             accepted += token == guess
@@ -1338,7 +1357,7 @@ class Speculative:
             self.ids, min(self.count, room), self.rng)
         return Move(new, [[token, *self.guesses]], forget=forget)
 
-    def model_chances(self, logits: Tensor, ahead: int) -> Tensor:
+    def model_chances(self, logits: Tensor) -> Tensor:
         """The model's chances (V,) after the processors."""
         shaped = apply(self.chain, [self.ids], logits, len(self.result.ids))
         return as_chances(shaped, self.options.temperature)[0]

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SUITES', 'PAGE', 'BASELINES', 'Suite', 'PlainRenderer', 'renderer_for', 'by_kind', 'held_part', 'answer_measures',
-           'text_measures', 'answers_part', 'spread', 'choices_part', 'run_suite', 'report_rows', 'report_table',
+           'text_measures', 'answers_part', 'take_evenly', 'choices_part', 'run_suite', 'report_rows', 'report_table',
            'paired_gain', 'compare', 'draw_report', 'html_table', 'report_html', 'check_folder', 'write_report',
            'baseline', 'open_model']
 
@@ -156,7 +156,7 @@ def answers_part(chats: Sequence[dict], answers: Sequence[str],
                      for chat, m, a in zip(chats, meant, answers)]}
 
 # %% ../nbs/06_evaluation.ipynb #spread
-def spread(items: Sequence, limit: int | None) -> list:
+def take_evenly(items: Sequence, limit: int | None) -> list:
     """At most `limit` items, at equal distances; None means all."""
     if limit is None or limit >= len(items):
         return list(items)
@@ -167,7 +167,7 @@ def choices_part(model: nn.Module, tokenizer: BPETokenizer,
                  limit: int | None = None, *, batch_tokens: int | None = None,
                  progress: bool = False) -> dict:
     """Multiple choice, cloze and minimal pairs on the bundled sets."""
-    sets = {name: spread(load_questions(name), limit)
+    sets = {name: take_evenly(load_questions(name), limit)
             for name in ("questions", "goals", "cloze", "pairs")}
     flat = [q for items in sets.values() for q in items]
     scored = iter(score_options(model, tokenizer, flat, progress=progress,

@@ -20,7 +20,7 @@ from minigpt.evaluation import NOT_SAID, bleu, score_chats, token_f1
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.report import (
     SUITES, PlainRenderer, Suite, answers_part, by_kind, compare, open_model, renderer_for, report_html,
-    report_rows, report_table, run_suite, spread, write_report)
+    report_rows, report_table, run_suite, take_evenly, write_report)
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Suite(chats=12, answers=8, questions=8, max_new_tokens=6)
@@ -105,10 +105,10 @@ def test_bad_suites_are_named(call, words):
         run_suite(model, tokenizer, **call)
 
 
-def test_spread_keeps_order_and_ends():
+def test_take_evenly_keeps_order_and_ends():
     items = list(range(84))
     for limit in (1, 7, 24, 40, 83):
-        taken = spread(items, limit)
+        taken = take_evenly(items, limit)
         assert len(set(taken)) == limit and taken == sorted(taken) and taken[0] == 0
         assert max(np.diff(taken, append=84)) <= math.ceil(84 / limit)
 
@@ -200,13 +200,15 @@ def few(tmp_path_factory):
     return path
 
 
-def test_eval_writes_a_report_and_compares(few, tmp_path):
+def test_eval_writes_a_report_and_compares(few, tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "quick", Suite(chats=4, answers=3, questions=9, max_new_tokens=6))
     run = CliRunner().invoke(app(), ["eval", "ngram", "--against", "untrained", "--data", str(few), "--quiet",
                                      "--out", str(tmp_path / "out")])
     assert run.exit_code == 0, run.output
     assert "ngram minus untrained" in run.stdout and "bits per byte" in run.stdout
     saved = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert [r["name"] for r in saved] == ["ngram", "untrained"] and saved[0]["suite"] == "quick"
+    assert saved[0]["plan"] == {"chats": 4, "answers": 3, "questions": 9, "max_new_tokens": 6}
     again = CliRunner().invoke(app(), ["eval", "ngram", "--out", str(tmp_path / "out")])
     assert again.exit_code == 2 and "report.json" in again.output
 

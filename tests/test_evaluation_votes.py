@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -18,9 +19,9 @@ import numpy as np
 import pytest
 
 from minigpt.evaluation import (
-    Ballot, Match, Vote, Votes, agreement, bradley_terry, krippendorff_alpha, rate, sign_test, votes_needed,
-    win_table)
-from minigpt.vote_ui import BUTTONS, ballot_html, vote_panel
+    Ballot, Match, Vote, Votes, agreement, bradley_terry, krippendorff_alpha, make_matches, rate, sign_test,
+    temperature_matches, vote_summary, votes_needed, win_table)
+from minigpt.vote_ui import BUTTONS, ballot_html, rating_figure, vote_panel
 
 MATCHES = [Match(f"q{i}", f"Prompt {i}?", {"big": f"big says {i}", "small": f"small says {i}"}) for i in range(6)]
 
@@ -271,6 +272,44 @@ def test_votes_needed_gives_the_power(rate_, power):
         votes_needed(0.5)
 
 
+def test_summary_says_what_the_parts_say():
+    votes = simulated({"A": 1100, "B": 900}, raters=3, items=20, seed=1)
+    lines = vote_summary(votes).splitlines()
+    count = Counter(v.choice for v in votes)
+    won, lost = (sum(v.winner == name for v in votes) for name in "AB")
+    assert lines[0] == f"60 votes of 3 raters: {won + lost} decided, {count['tie']} ties, 0 skips"
+    assert lines[1:3] == [f"{name}: {r}" for name, r in rate(votes).items()]
+    assert lines[3] == f"agreement (alpha): {agreement(votes):.2f}"
+    assert lines[4] == f"sign test: {sign_test(won, lost):.3f}"
+    assert lines[5] == f"such a difference needs {votes_needed(won / (won + lost))} votes"
+    only = [Vote("ada", "1", "A", "B", "skip")]
+    assert vote_summary(only) == "1 votes of 1 raters: 0 decided, 0 ties, 1 skips"
+    assert vote_summary([]).startswith("0 votes")
+    three = simulated({"A": 1100, "B": 1000, "C": 900}, raters=2, items=9, seed=0)
+    assert "sign test" not in vote_summary(three)
+
+
+def test_matches_come_from_answers():
+    [first, second] = make_matches(["a?", "b?"], {"x": ["1", "2"], "y": ["3", "4"]})
+    assert (first.prompt, first.answers, second.answers) == ("a?", {"x": "1", "y": "3"}, {"x": "2", "y": "4"})
+    assert first.item != second.item
+    with pytest.raises(ValueError, match="'y' has 1 answers to 2 prompts"):
+        make_matches(["a?", "b?"], {"x": ["1", "2"], "y": ["3"]})
+
+
+def test_a_model_against_itself():
+    from minigpt.bpe import BPETokenizer
+    from minigpt.data import ChatRenderer
+    from minigpt.evaluation import answer_chats
+    from minigpt.report import open_model
+    model, renderer = open_model("untrained")[0], ChatRenderer(BPETokenizer.from_pretrained())
+    matches = temperature_matches(model, renderer, ["Hi!", "Why?"], (0, 0.7, 2), max_new_tokens=4, seed=5)
+    assert [list(m.answers) for m in matches] == [["temperature 0", "temperature 0.7", "temperature 2"]] * 2
+    asked = [[{"role": "user", "content": text}] for text in ("Hi!", "Why?")]
+    assert [m.answers["temperature 2"] for m in matches] == answer_chats(
+        model, renderer, asked, max_new_tokens=4, temperature=2, seed=5)
+
+
 # ------------------------------------------------------------------ the front ends
 
 def test_panel_votes_on_click(tmp_path):
@@ -285,6 +324,17 @@ def test_panel_votes_on_click(tmp_path):
         next(b for b in row.children if b.description == BUTTONS[choice]).click()
         assert Votes(votes.path).rows[-1].choice == choice       # on disk already
     assert "All done" in page.value and all(b.disabled for b in row.children)
+
+
+def test_ratings_are_drawn_as_they_are(tmp_path):
+    votes = Votes(tmp_path / "v.jsonl")
+    assert rating_figure(votes) is None
+    for v in simulated({"A": 1100, "B": 1000, "C": 900}, 1, 12, seed=2):
+        votes.add(v)
+    [ax] = rating_figure(votes).axes
+    drawn = dict(zip([label.get_text() for label in ax.get_yticklabels()],
+                     [(list(bar.get_xdata()), dot.get_xdata()[0]) for bar, dot in zip(ax.lines[::2], ax.lines[1::2])]))
+    assert drawn == {name: ([r.low, r.high], r.value) for name, r in rate(votes.rows).items()}
 
 
 def test_answers_are_shown_as_text(tmp_path):
@@ -303,7 +353,7 @@ def tab(tmp_path):
     code = ("import sys\nimport gradio as gr\nfrom minigpt.evaluation import Match\nfrom minigpt.vote_ui import vote_tab\n"
             "m = [Match(f'q{i}', f'Prompt {i}?', {'big': f'big <b>says</b> {i}', 'small': f'small says {i}'})"
             " for i in range(3)]\n"
-            "with gr.Blocks() as app:\n    with gr.Tab('Vote'):\n        vote_tab(m, sys.argv[1])\n"
+            "with gr.Blocks() as app:\n    with gr.Tab('Vote'):\n        vote_tab(lambda: m, sys.argv[1])\n"
             "app.launch(server_name='127.0.0.1', server_port=int(sys.argv[2]), quiet=True)\n")
     path = tmp_path / "tab.jsonl"
     server = subprocess.Popen([sys.executable, "-c", code, str(path), str(port)], env=os.environ | {
@@ -348,6 +398,11 @@ def test_vote_tab_in_a_browser(tab):
             assert prompt == f"Prompt {vote.item[1:]}?" and shown.startswith(vote.left)
         pages["bob"].get_by_role("button", name="Skip").click()
         pages["bob"].get_by_text("2 to go").wait_for()
+        pages["bob"].get_by_text("Results").click()
+        pages["bob"].get_by_role("button", name="Count the votes").click()
+        box = pages["bob"].get_by_label("Votes", exact=True)
+        api.expect(box).to_have_value(re.compile("4 votes of 2 raters"))
+        assert box.input_value() == vote_summary(Votes(path).rows)
         if folder := os.environ.get("MINIGPT_SCREENSHOTS"):
             pages["bob"].screenshot(path=str(Path(folder) / "vote_tab.png"))
         browser.close()

@@ -80,9 +80,18 @@ def hf_generate(hf, ids, **options):
     return hf.generate(x, attention_mask=torch.ones_like(x), **options)
 
 
+def hf_batch(hf, rows, **options):
+    """transformers' generate for prompts of unequal length at once; padded on the left to the length that is returned."""
+    longest = max(map(len, rows))
+    x = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    seen = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True} | options
+    return hf.generate(x, attention_mask=seen, **options), longest
+
+
 def new_tokens(row, prompt, stop=()):
     """The new tokens of a row of transformers' output, without the stop token and what follows it."""
-    new = row[len(prompt):].tolist()
+    new = row[prompt if isinstance(prompt, int) else len(prompt):].tolist()
     ends = [i for i, token in enumerate(new) if token in stop]
     return new[:ends[0]] if ends else new
 
@@ -300,12 +309,12 @@ def test_no_mode_leaks_out_of_a_stream():
 # ------------------------------------------------------------------ greedy and sampling
 
 def test_greedy_equals_transformers_on_50_prompts(model, hf, prompts, ledger):
-    decoder, stop, wrong = g.Decoder(model), (0, 1, 2), 0
-    for ids in prompts:
-        out = hf_generate(hf, ids, max_new_tokens=6, eos_token_id=list(stop))
-        ours = g.generate(model, ids, max_new_tokens=6, temperature=0, stop_ids=stop, decoder=decoder)
-        wrong += ours.ids != new_tokens(out.sequences[0], ids, stop)
-    ledger("greedy decoding, 50 prompts: prompts with other tokens", wrong, peer="transformers", bound=0)
+    stop = (0, 1, 2)
+    out, longest = hf_batch(hf, prompts, max_new_tokens=24, eos_token_id=list(stop))
+    ours = g.generate(model, prompts, max_new_tokens=24, temperature=0, stop_ids=stop)
+    assert len(prompts) == 50 and {text.finish_reason for text in ours} == {"stop", "length"}
+    wrong = sum(text.ids != new_tokens(row, longest, stop) for text, row in zip(ours, out.sequences))
+    ledger("greedy decoding, 50 prompts, 24 tokens: prompts with other tokens", wrong, peer="transformers", bound=0)
     assert wrong == 0
 
 
@@ -400,6 +409,38 @@ def test_stream_is_generate(model, prompts):
     assert list(tokens) == g.generate(model, prompts[1], **options).ids
     assert tokens.finish_reason in ("stop", "length")
     assert list(g.stream(model, torch.tensor(prompts[1]), **options)) == tokens.result.ids
+
+
+def test_rows_leave_at_their_stop_string(model, tokenizer, prompts):
+    """Each row of a batch ends with the token that completes a stop string, wherever its bytes lie in the tokens."""
+    stops = [" the", "a s", "."]
+    whole = g.generate(model, prompts[1:24:2], temperature=0, max_new_tokens=16)
+    texts = g.generate(model, prompts[1:24:2], temperature=0, max_new_tokens=16,
+                       stop_when=g.StopStrings(tokenizer, stops))
+    ended = 0
+    for text, full in zip(texts, whole):
+        ends = [n for n in range(17) if any(stop in tokenizer.decode(full.ids[:n]) for stop in stops)]
+        assert text.ids == full.ids[:ends[0] if ends else 16]
+        assert text.finish_reason == ("stop" if ends else "length")
+        ended += bool(ends)
+    assert 3 < ended and len({len(text.ids) for text in texts}) > 3
+    for other in (g.speculate(model, g.NGramDraft(), prompts[1], g.Options(16, 0, stop_when=g.StopStrings(tokenizer, stops))),
+                  g.contrastive_search(model, prompts[1], g.Options(16, stop_when=g.StopStrings(tokenizer, stops)),
+                                       penalty_alpha=0)):
+        assert list(other) == texts[0].ids and other.finish_reason == texts[0].finish_reason
+
+
+def test_stop_strings_in_any_text(tokenizer):
+    rng, alphabet = random.Random(1), ["a", "b", "ab", "\n", " ", "é", "日本", "😀", "."]
+    for _ in range(200):
+        ids = tokenizer.encode_ordinary("".join(rng.choices(alphabet, k=rng.randrange(1, 12))))
+        stops = ["".join(rng.choices(alphabet, k=rng.randrange(1, 4))) for _ in range(rng.randrange(1, 3))]
+        ended = g.StopStrings(tokenizer, stops)
+        texts = [tokenizer.decode_bytes(ids[:n]) for n in range(len(ids) + 1)]
+        first = next((n for n, text in enumerate(texts) if any(s.encode() in text for s in stops)), None)
+        assert next((n for n in range(len(ids) + 1) if ended(ids[:n])), None) == first
+    with pytest.raises(ValueError, match="strings=''"):
+        g.StopStrings(tokenizer, "")
 
 
 def test_penalties_and_bans_hold_in_the_loop():

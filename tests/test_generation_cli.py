@@ -101,6 +101,11 @@ def test_every_strategy(folder, small):
     assert greedy["tokens"] == len(generate(model, ids, temperature=0, max_new_tokens=6, stop_ids=[0, 1, 2]).ids)
     plain, _ = run(*flags, "--format", "text", "--regex", "[a-z]{3} [0-9]{2}", "--max-new-tokens", 30)
     assert len(plain) == 7 and plain[:3].isalpha() and plain[4:6].isdigit() and plain[6] == "\n"
+    early = [json.loads(run(*flags, "--num-beams", 3, "--early-stopping", how)[0])["score"] for how in ("no", "yes", "never")]
+    for how, score in zip((False, True, "never"), early):
+        [want] = beam_search(model, ids, num_beams=3, max_new_tokens=6, stop_ids=[0, 1, 2], early_stopping=how)
+        assert score == pytest.approx(want.score, abs=1e-4)
+    assert json.loads(run(*flags, "--draft", "ngram", "--greedy", "--guesses", 1)[0])["text"] == greedy["text"]
     begun = json.loads(run(*flags, "--begin", "So it", "--ban", "went", "--no-repeat-ngram-size", 2, "--min-p", 0.01,
                            "--typical-p", 0.9, "--presence-penalty", 0.5, "--frequency-penalty", 0.5, "--top-p", 0.9,
                            "--repetition-penalty", 1.2, "--ignore-end", "--overflow", "slide", "--int8")[0])
@@ -111,6 +116,7 @@ def test_a_chat_and_a_stop_string_through_a_pipe():
     out, _ = run_process("--chat", "--greedy", "--max-new-tokens", 24, "--stop", ".", data=b"What is a whale?\n")
     row = json.loads(out)
     assert row["finish_reason"] == "stop" and "." not in row["text"] and len(row["text"]) > 5
+    assert row["tokens"] < 24  # it is not drawn on behind the stop string
 
 
 @pytest.mark.parametrize("arguments, data, message", [
@@ -122,7 +128,8 @@ def test_a_chat_and_a_stop_string_through_a_pipe():
     (["x", "--file", "nowhere.txt"], b"", "nowhere.txt"), (["x", "--model", "nowhere"], b"", "nowhere"),
     (["word " * 80], b"", "exceed the context of 64"), (["x", "--max-new-tokens", "99"], b"", "exceed the context of 64"),
     (["x", "--overflow", "wrap"], b"", "overflow='wrap'"), (["x", "--num-return", "0"], b"", "--num-return 0"),
-    (["x", "--penalty-alpha", "3"], b"", "penalty_alpha=3")])
+    (["x", "--penalty-alpha", "3"], b"", "penalty_alpha=3"), (["x", "--guesses", "0"], b"", "--guesses 0"),
+    (["x", "--early-stopping", "soon"], b"", "--early-stopping 'soon'")])
 def test_errors_are_one_line(folder, arguments, data, message):
     if "--model" not in arguments:
         arguments = [*arguments, "--model", folder]

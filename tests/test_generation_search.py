@@ -9,27 +9,27 @@ import torch
 import torch.nn.functional as F
 
 from minigpt import generation as g
-from test_generation import (as_hf, hf, hf_generate, model, new_tokens, one_thread, prompts, tiny,  # noqa: F401
+from test_generation import (as_hf, hf, hf_batch, hf_generate, model, new_tokens, one_thread, prompts, tiny,  # noqa: F401
                              tokenizer)
 
 
-def same_beams(ours, out, prompt, stop):
+def same_beams(ours, out, prompt, stop, rows=slice(None)):
     """Whether texts agree, and the largest difference of scores."""
-    texts = [new_tokens(row, prompt, stop) for row in out.sequences]
-    scores = [abs(float(want) - got.score) for want, got in zip(out.sequences_scores, ours)]
+    texts = [new_tokens(row, prompt, stop) for row in out.sequences[rows]]
+    scores = [abs(float(want) - got.score) for want, got in zip(out.sequences_scores[rows], ours)]
     return texts == [text.ids for text in ours], max(scores)
 
 
 def test_beams_equal_transformers_on_50_prompts(model, hf, prompts, ledger):  # noqa: F811
     decoder, stop, wrong, worst = g.Decoder(model), (0, 1, 2), 0, 0.0
-    for ids in prompts:
-        out = hf_generate(hf, ids, num_beams=4, num_return_sequences=2, max_new_tokens=4, eos_token_id=list(stop),
-                          output_scores=True)
-        ours = g.beam_search(model, ids, num_beams=4, num_return=2, max_new_tokens=4, stop_ids=stop, decoder=decoder)
-        same, off = same_beams(ours, out, ids, stop)
+    out, longest = hf_batch(hf, prompts, num_beams=4, num_return_sequences=2, max_new_tokens=8, eos_token_id=list(stop),
+                            output_scores=True)
+    for i, ids in enumerate(prompts):
+        ours = g.beam_search(model, ids, num_beams=4, num_return=2, max_new_tokens=8, stop_ids=stop, decoder=decoder)
+        same, off = same_beams(ours, out, longest, stop, slice(2 * i, 2 * i + 2))
         wrong, worst = wrong + (not same), max(worst, off)
-    ledger("beam search, 50 prompts, 4 beams, 2 results: prompts with other tokens", wrong, peer="transformers", bound=0)
-    ledger("beam search, 50 prompts, 4 beams, 2 results: scores", worst, peer="transformers", bound=1e-5)
+    ledger("beam search, 50 prompts, 4 beams, 2 results, 8 tokens: prompts with other tokens", wrong, peer="transformers", bound=0)
+    ledger("beam search, 50 prompts, 4 beams, 2 results, 8 tokens: scores", worst, peer="transformers", bound=1e-5)
     assert wrong == 0 and worst <= 1e-5
 
 
@@ -137,6 +137,35 @@ def test_contrastive_search_equals_a_slow_version(k, alpha):
         model = tiny(seed, spread=2.0)  # noqa: F811
         got = list(g.contrastive_search(model, [1, 2, 3], g.Options(8), top_k=k, penalty_alpha=alpha))
         assert got == slow_contrastive(model, [1, 2, 3], k, alpha, 8)
+
+
+def test_contrastive_search_never_takes_what_is_forbidden():
+    """A forbidden candidate is like nothing that was said, and still must not win; nor may it end in nonsense."""
+    allowed = (7, 8, 9)
+    for seed in range(3):
+        model = tiny(seed, spread=2.0)  # noqa: F811
+        options = g.Options(12, banned_ids=[i for i in range(50) if i not in allowed])
+        drawn = g.contrastive_search(model, [1, 2, 3], options, top_k=8, penalty_alpha=0.95)
+        assert set(drawn) <= set(allowed) and len(drawn.result.ids) == 12
+    with pytest.raises(ValueError, match="no token is left"):
+        list(g.contrastive_search(model, [1], g.Options(3, banned_ids=range(50))))
+    with pytest.raises(ValueError, match="no token is left"):
+        g.beam_search(model, [1], max_new_tokens=3, options=g.Options(banned_ids=range(50)))
+
+
+def test_log_probabilities_are_the_models_own_in_every_strategy():
+    """Whatever the processors did: one pass of the model over each text gives the same numbers."""
+    model = tiny()  # noqa: F811
+    options = g.Options(9, repetition_penalty=1.4, banned_ids=[3, 4], seed=1, temperature=0.8)
+    found = [g.generate_options(model, [1, 2], options)]
+    for tokens in (g.speculate(model, tiny(5), [1, 2], options), g.contrastive_search(model, [1, 2], options)):
+        list(tokens)
+        found.append(tokens.result)
+    for text in found:
+        with torch.no_grad():
+            logp = model(torch.tensor([[1, 2] + text.ids]))[0, 1:-1].log_softmax(-1)
+        want = logp.gather(-1, torch.tensor(text.ids)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(text.logprobs), want, atol=1e-4) and text.steps > 0
 
 
 # ------------------------------------------------------------------ speculation
