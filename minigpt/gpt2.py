@@ -343,8 +343,10 @@ class GPT2Core(nn.Module):
 
     def forward(self, ids: Tensor, cache: "KVCache | None" = None, *,
                 mask: Tensor | None = None, positions: Tensor | None = None,
-                last_only: bool = False) -> Tensor:
+                last_only: bool = False, head: bool = True) -> Tensor:
         """ids (B, T) -> logits (B, T, V), or (B, 1, V) with last_only.
+
+        `head` False stops before the head: what it would read, (B, T, C).
 
         `cache`: the ids go on where it ends. `mask`: bool (B or 1, 1, T, S),
         in place of the causal one; `positions`: (T,) or (B, T), in place of
@@ -364,7 +366,8 @@ class GPT2Core(nn.Module):
             cache.advance(T)
         if last_only:
             x = x[:, -1:]
-        return F.linear(self.ln_f(x), self.wte.weight)        # (B, T, V)
+        x = self.ln_f(x)
+        return F.linear(x, self.wte.weight) if head else x    # (B, T, V)
 
 # %% ../nbs/03_gpt2.ipynb #kvcache
 class KVCache:

@@ -318,7 +318,7 @@ class Stepper:
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig,
-                 ranks: Ranks = Ranks()):
+                 ranks: Ranks = Ranks(), loss: Callable = summed_loss):
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.dtype = pick_precision(config.dtype, ranks.device)
         self.model = distribute(model.to(ranks.device), config, ranks,
@@ -326,9 +326,10 @@ class Stepper:
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(
             ranks.device.type, enabled=self.dtype == torch.float16)
-        self.loss, self.untried = summed_loss, config.compile
+        self.loss = self.plain_loss = loss
+        self.untried = config.compile
         if config.compile:
-            self.loss = torch.compile(summed_loss)
+            self.loss = torch.compile(loss)
 
     def put(self, array: np.ndarray) -> Tensor:
         """A host array on the device, without waiting for the copy."""
@@ -383,7 +384,7 @@ class Stepper:
         reason = (str(problem).strip() or "no reason given").splitlines()[0]
         warnings.warn(f"torch.compile failed ({type(problem).__name__}: "
                       f"{reason[:200]}); training goes on without it")
-        self.loss = summed_loss
+        self.loss = self.plain_loss
         self.optimizer.zero_grad(set_to_none=True)
         return self.gradients(ids, targets)
 
@@ -1166,8 +1167,8 @@ def run_loop(run: Run, held: Any, callbacks: Iterable[Callable],
 def train(model: GPT2, data: Any, config: TrainConfig = TrainConfig(), *,
           held: Any = None, out: str | Path | None = None,
           resume: bool | str = False, tokenizer: BPETokenizer | None = None,
-          callbacks: Iterable[Callable] = (), progress: bool = True
-          ) -> TrainResult:
+          callbacks: Iterable[Callable] = (), progress: bool = True,
+          loss: Callable = summed_loss) -> TrainResult:
     """Train a model, in place.
 
     data: tokens (see Phase), or a list of phases. held: tokens to measure
@@ -1176,6 +1177,7 @@ def train(model: GPT2, data: Any, config: TrainConfig = TrainConfig(), *,
     resume: go on from the newest checkpoint in `out`; "force" accepts
       other settings. tokenizer: must be the one of the token files.
     callbacks: called with (row of the log, model) at each row.
+    loss: called as summed_loss is; what is minimised.
     Raises ValueError, before any work, for what can't work, MemoryError
     for a batch that doesn't fit, FloatingPointError for a loss that is no
     number; the checkpoints written before stay.
@@ -1192,7 +1194,8 @@ def train(model: GPT2, data: Any, config: TrainConfig = TrainConfig(), *,
     batches = Batches(phases, config, length, ranks)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    run = Run(model, config, batches, Stepper(model, config, ranks), ranks,
+    run = Run(model, config, batches,
+              Stepper(model, config, ranks, loss), ranks,
               Checkpoints(out, config.keep_last) if out else None, tokenizer)
     check_memory(run)
     if resume:
