@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_text', 'load_pair', 'turn_seed', 'as_messages', 'write_messages', 'read_messages', 'OneAtATime', 'Conversation',
-           'ChatSession']
+           'Shelf', 'adapter_key', 'as_documents', 'Answered', 'ChatSession']
 
 # %% ../nbs/10_chat_ui.ipynb #imports
 import hashlib
@@ -13,7 +13,8 @@ import os
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -200,6 +201,75 @@ class Conversation:
             self.system = said.pop(0) if has_system else None
             self.exchanges = list(zip(said[0::2], said[1::2]))
 
+# %% ../nbs/10_chat_ui.ipynb #shelf
+class Shelf:
+    """Decoders of a model with and without adapters, each made once.
+
+    model: the plain model. size: how many adapters are kept; the one that
+    was not asked for longest is given up. Sessions may share a shelf.
+    """
+
+    def __init__(self, model: GPT2, size: int = 4):
+        self.model, self.size = model, size
+        self._made: dict[tuple, Decoder] = {}
+        self._plain, self._lock = Decoder(model), threading.Lock()
+
+    def take(self, adapter: str | Path | None = None) -> Decoder:
+        """A decoder that has read nothing, around weights that are shared.
+
+        adapter: a folder of `minigpt.lora`; a newer file in it is seen.
+        """
+        if adapter is None:
+            return copy(self._plain)
+        key = adapter_key(adapter)
+        from minigpt.lora import adapted
+        with self._lock:
+            made = self._made.pop(key, None)
+            made = made or Decoder(adapted(self.model, adapter))
+            self._made[key] = made                         # newest last
+            for oldest in list(self._made)[:-self.size]:
+                del self._made[oldest]
+        return copy(made)
+
+# %% ../nbs/10_chat_ui.ipynb #adapter-key
+def adapter_key(folder: str | Path) -> tuple:
+    """What tells an adapter from others: its place, and its files' age."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no adapter {str(folder)!r}: name a folder that "
+            "minigpt finetune --lora or save_adapter has made")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return (str(folder.resolve()),
+            *((path.name, path.stat().st_mtime_ns) for path in files))
+
+# %% ../nbs/10_chat_ui.ipynb #as-documents
+def as_documents(documents):
+    """A `minigpt.rag.RAG` of a folder, files, an Index or a RAG; None stays.
+
+    A folder that `minigpt index` has written is opened, of other folders
+    and files an index is built; "course" means these notebooks. Raises
+    FileNotFoundError, ValueError.
+    """
+    if documents is None or hasattr(documents, "prompt"):
+        return documents
+    from minigpt.rag import RAG
+    return RAG(None if documents == "course" else documents)
+
+# %% ../nbs/10_chat_ui.ipynb #answered
+@dataclass(frozen=True)
+class Answered:
+    """How an answer came about.
+
+    exchange: (said, answered). prompt_ids: what the model read; answer_ids:
+    what it drew. hits: the passages in the prompt, none without documents.
+    """
+
+    exchange: tuple[str, str]
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    hits: list
+
 # %% ../nbs/10_chat_ui.ipynb #session
 class ChatSession(Conversation):
     """A conversation with a model.
@@ -215,12 +285,15 @@ class ChatSession(Conversation):
     seed: makes answers repeatable; None draws new ones each time.
     device: where a model that is loaded here goes; None is the CPU, "auto"
       the best there is.
+    adapter: a folder of `minigpt.lora`, or None; may be set at any time.
+    documents: what `as_documents` takes, or None; may be set at any time.
 
     `finish_reason` tells why the last answer ended ("stop", "length" or
     "cancelled"), `forgotten` how many of the oldest exchanges no longer
-    fitted into its prompt. Sessions share nothing but the model, and read
-    its weights as they are at the first message. A session may be used from
-    several threads: they take turns.
+    fitted into its prompt, `last`, `hits` and `citations` how it came about.
+    Sessions share nothing but the model, and read its weights as they are
+    at the first message. A session may be used from several threads: they
+    take turns.
     """
 
     def __init__(self, model: GPT2 | str | Path | None = None,
@@ -229,18 +302,76 @@ class ChatSession(Conversation):
                  top_k: int | None = 50, top_p: float | None = 0.9,
                  repetition_penalty: float = 1.1,
                  max_new_tokens: int | None = 256, stop: Sequence[str] = (),
-                 seed: int | None = None, device: str | None = None):
+                 seed: int | None = None, device: str | None = None,
+                 adapter: str | Path | None = None, documents=None):
         super().__init__(system)
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.repetition_penalty = repetition_penalty
         self.max_new_tokens, self.stop_strings = max_new_tokens, tuple(stop)
         self.seed = seed
         self.options(), turn_seed(seed, 0)                 # bad values, now
-        self.model, self.tokenizer = load_pair(model, tokenizer, device)
+        if adapter is not None:
+            adapter_key(adapter)
+        model, self.tokenizer = load_pair(model, tokenizer, device)
         self.renderer = ChatRenderer(self.tokenizer)
+        self._shelf = Shelf(model)
+        self._begin(adapter, as_documents(documents))
+
+    def _begin(self, adapter, documents) -> None:
+        """What belongs to this session alone."""
         self.finish_reason: str | None = None
         self.forgotten = self._attempt = 0
-        self._cancel, self._decoder = threading.Event(), Decoder(self.model)
+        self._cancel, self._last = threading.Event(), None
+        self.adapter, self.documents = adapter, documents
+
+    def sibling(self) -> "ChatSession":
+        """A new session, empty, with the same settings and weights."""
+        other = copy(self)
+        Conversation.__init__(other, self.system)
+        other._begin(self.adapter, self.documents)
+        return other
+
+    @property
+    def adapter(self) -> str | Path | None:
+        """The adapter's folder, or None for the plain model."""
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, folder: str | Path | None) -> None:
+        decoder = self._shelf.take(folder)                 # errors first
+        with self._turn:
+            self._adapter, self._decoder = folder, decoder
+            self.model = decoder.model
+
+    @property
+    def documents(self):
+        """The RAG that looks passages up, or None."""
+        return self._documents
+
+    @documents.setter
+    def documents(self, documents) -> None:
+        documents = as_documents(documents)
+        with self._turn:
+            self._documents = documents
+
+    @property
+    def last(self) -> Answered | None:
+        """How the last answer of the conversation came about, if known."""
+        last, said = self._last, self.exchanges[-1:]
+        return last if last and said and said[0] is last.exchange else None
+
+    @property
+    def hits(self) -> list:
+        """The passages that the last answer was given."""
+        return self.last.hits if self.last else []
+
+    @property
+    def citations(self) -> list:
+        """Which of the `hits` the last answer rests on."""
+        if not self.hits:
+            return []
+        from minigpt.rag import cite
+        return cite(self.last.exchange[1], self.last.hits)
 
     def options(self) -> Options:
         """How the next answer is drawn; ValueError names a bad value."""
@@ -249,7 +380,7 @@ class ChatSession(Conversation):
 
     def prompt(self, text: str, exchanges: Sequence | None = None
                ) -> list[int]:
-        """The ids that the model reads if `text` is said next.
+        """The ids that the model reads if it is told `text` next.
 
         The oldest exchanges are left out until a quarter of the context
         (or `max_new_tokens`, if fewer) is free for the answer. Raises
@@ -289,38 +420,51 @@ class ChatSession(Conversation):
 
     def _answer(self, text: str | None) -> Iterator[str]:
         with self._turn:
-            past = self.exchanges
+            past, self._cancel = self.exchanges, threading.Event()
             self._attempt = self._attempt + 1 if text is None else 0
             if text is None:
                 *past, (text, _) = past
-            pieces = self._draw(self.prompt(text, past), past)
+            asked, hits = self._look_up(text)
+            ids = self.prompt(asked, past)
+            pieces = self._draw(ids, past)
             try:
                 yield from pieces
             except (GeneratorExit, KeyboardInterrupt):     # closed, Ctrl-C
-                self._keep(past, text, pieces)
+                self._keep(past, text, pieces, ids, hits)
                 raise
-            self._keep(past, text, pieces)
+            self._keep(past, text, pieces, ids, hits)
 
-    def _draw(self, ids: list[int], past: Sequence) -> TextStream:
-        special = self.tokenizer.special_tokens
-        turns = ids.count(special["<|im_start|>"]) - 1
-        self.forgotten = len(past) - turns // 2
-        room = self.model.config.block_size - len(ids)
+    def _look_up(self, text: str) -> tuple[str, list]:
+        """What the model is asked when the user says `text`, and hits."""
+        if self._documents is None or not any(map(str.isalnum, text)):
+            return text, []
+        return self._documents.prompt(text)
+
+    def drawing(self, room: int) -> Options:
+        """`options` in full: for an answer of at most `room` tokens."""
         penalty = RepetitionPenalty(self.repetition_penalty, prompt=False)
-        options = replace(
+        return replace(
             self.options(), repetition_penalty=1, processors=(penalty,),
             max_new_tokens=min(self.max_new_tokens or room, room),
-            stop_ids=tuple(special.values()),
+            stop_ids=tuple(self.tokenizer.special_tokens.values()))
+
+    def _draw(self, ids: list[int], past: Sequence) -> TextStream:
+        turns = ids.count(self.tokenizer.special_tokens["<|im_start|>"]) - 1
+        self.forgotten = len(past) - turns // 2
+        options = replace(
+            self.drawing(self.model.config.block_size - len(ids)),
             seed=turn_seed(self.seed, len(past), self._attempt))
-        self._cancel = threading.Event()
         return stream_text(self.model, self.tokenizer, ids, options,
                            stop_strings=self.stop_strings,
                            cancel=self._cancel, decoder=self._decoder)
 
-    def _keep(self, past: Sequence, text: str, pieces: TextStream) -> None:
+    def _keep(self, past: Sequence, text: str, pieces: TextStream,
+              ids: list[int], hits: list) -> None:
         self.finish_reason = pieces.finish_reason or "cancelled"
         if pieces.text or self.finish_reason == "stop":
-            self.exchanges = [*past, (text, pieces.text)]
+            said = (text, pieces.text)
+            self._last = Answered(said, ids, pieces.tokens.result.ids, hits)
+            self.exchanges = [*past, said]
 
     def __repr__(self) -> str:
         return (f"ChatSession({len(self.exchanges)} exchanges, "

@@ -1,0 +1,521 @@
+"""The server through OpenAI's own client: every answer against `generate`, and every refusal."""
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from minigpt.bpe import BPETokenizer
+from minigpt.chat import load_pair
+from minigpt.data import ChatRenderer
+from minigpt.generation import Decoder, Options, RepetitionPenalty, TextStream, generate, read
+from minigpt.gpt2 import GPT2, GPT2Config, KVCache
+from minigpt.server import (Answer, APIError, Ask, Batch, Engine, Limits, Slots, create_app, row_decoder, running,
+                            step_rows, twice)
+
+ROOT = Path(__file__).resolve().parent.parent
+TALKS = ["What is a whale?", "Tell me a joke.", "Hi", "What is 7 plus 5?", "Why is the sky blue?",
+         "Write a long story about a lighthouse and the old man who lives in it.", "Who are you?", "Name three fruits."]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    return load_pair()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A tiny model with random weights and the shipped tokenizer: quick, and it never ends by itself."""
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer.from_pretrained()
+    model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, block_size=256, n_layer=2, n_head=2, n_embd=32,
+                            bos_token_id=0, eos_token_id=0))
+    with torch.no_grad():
+        model.wte.weight.mul_(15)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def url(pair):
+    with running(create_app(*pair)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def said(text):
+    return [{"role": "user", "content": text}]
+
+
+def ids_of(pair, text):
+    return ChatRenderer(pair[1]).prompt(said(text))
+
+
+def alone(pair, ids, **options):
+    specials = tuple(pair[1].special_tokens.values())
+    return generate(pair[0], ids, stop_ids=specials, decoder=Decoder(pair[0]), **options)
+
+
+# ------------------------------------------------------------------ the batch
+
+def test_slots_are_rows_of_unequal_length():
+    config = GPT2Config(vocab_size=9, block_size=8, n_layer=1, n_head=1, n_embd=2)
+    slots, one = Slots(config, 3), KVCache(config, 1)
+    for number, length in enumerate((3, 5, 2)):
+        one.k.fill_(number + 1), one.v.fill_(number + 1)
+        one.length = length
+        slots.join(one)
+    slots.leave(0)
+    assert slots.lengths == [2, 5]
+    assert (slots.k[0, 0, 0, :2] == 3).all() and (slots.v[0, 1, 0, :5] == 2).all()
+
+
+def test_a_row_does_not_feel_its_neighbours(pair, ledger):
+    """The logits of a row, whoever sits beside it, are the same bits on the machines we know; close on all."""
+    model, _ = pair
+    decoder = row_decoder(model)
+    prompts = [ids_of(pair, text) for text in TALKS]
+
+    def steps(chosen, count=6):
+        slots, found = Slots(model.config, len(chosen)), []
+        for i in chosen:
+            one = KVCache(model.config, 1)
+            with torch.inference_mode():
+                decoder.cache = one
+                read(decoder, [prompts[i]])
+            slots.join(one)
+        for step in range(count):
+            found.append(step_rows(decoder, slots, [100 + 7 * i + step for i in chosen]))
+        return torch.stack(found, 1)                                             # (B, steps, V)
+
+    together, worst = steps(range(8)), 0.0
+    for chosen in ([0], [5], [3, 5], [5, 1, 0]):
+        worst = max(worst, float((steps(chosen) - together[list(chosen)]).abs().max()))
+    ledger("server: logits of a row alone and among 7 others, largest difference", worst, bound=1e-4)
+    assert worst < 1e-4
+    with torch.no_grad():
+        tokens = [100 + 7 * 5 + step for step in range(6)]
+        plain = model(torch.tensor([prompts[5] + tokens]))[0, -6:]
+    worst = float((together[5] - plain).abs().max())
+    ledger("server: logits of a row among 7 others and of the plain model, largest difference", worst, bound=1e-3)
+    assert worst < 1e-3
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.9, top_p=0.9, presence_penalty=0.4),
+                                     dict(temperature=1.0, top_k=20, repetition_penalty=1.2)])
+def test_rows_that_join_and_leave_draw_what_they_draw_alone(small, options, ledger):
+    """24 texts of different lengths through 4 rows, prompts in chunks of 5 tokens: each as by generate()."""
+    model, tokenizer = small
+    engine = Engine(model, tokenizer, Limits(max_batch=4, chunk=5, max_queue=99))
+    prompts = [[(7 * i + j) % 900 + 3 for j in range(1 + i % 13)] for i in range(24)]
+    asks = [Ask(ids, [Answer(tokenizer, ids, Options(seed=i, **options), 3 + i % 17)]) for i, ids in enumerate(prompts)]
+    engine.submit(*asks)
+    rounds = 0
+    while engine.round():
+        rounds += 1
+        assert len(engine.batch.rows) <= 4
+    wrong = 0
+    for i, (ids, ask) in enumerate(zip(prompts, asks)):
+        want = generate(model, ids, max_new_tokens=3 + i % 17, seed=i, decoder=Decoder(model), **options)
+        wrong += ask.answers[0].result.ids != want.ids
+        assert ask.answers[0].finish_reason == "length"
+        assert ask.answers[0].text.text == "".join(TextStream(tokenizer, iter(want.ids)))
+    ledger(f"server: texts of 24 in a continuous batch that differ from generate(), {options}", wrong, bound=0)
+    assert wrong == 0 and rounds < sum(3 + i % 17 for i in range(24)) / 2
+
+
+def test_n_answers_share_one_reading(small):
+    model, tokenizer = small
+    batch = Batch(model, 4, chunk=64)
+    ask = Ask([5, 6, 7], [Answer(tokenizer, [5, 6, 7], Options(seed=i), 8) for i in range(3)])
+    assert batch.read(ask) == 3 and batch.slots.lengths == [3, 3, 3]
+    while batch.rows:
+        batch.step()
+    want = generate(model, [[5, 6, 7]] * 3, max_new_tokens=8, seed=0)
+    assert [a.result.ids for a in ask.answers] == [g.ids for g in want]
+
+
+def test_a_failing_row_fails_alone(small):
+    model, tokenizer = small
+    engine, heard = Engine(model, tokenizer), []
+
+    def broken(ids, logits, step):
+        return logits / (2 - step) if 1 // (2 - step) else logits
+
+    good = Ask([5], [Answer(tokenizer, [5], Options(temperature=0), 6)])
+    bad = Ask([5], [Answer(tokenizer, [5], Options(processors=(broken,), seed=1), 6)],
+              tell=lambda number, piece: heard.append(piece))
+    engine.submit(bad, good)
+    while engine.round():
+        pass
+    assert isinstance(heard[-1].error, ZeroDivisionError) and bad.answers[0].finish_reason == "error"
+    assert good.answers[0].result.ids == generate(model, [5], max_new_tokens=6, temperature=0).ids
+
+
+# ------------------------------------------------------------------ OpenAI's client
+
+def test_models(client):
+    model, = client.models.list().data
+    assert model.id == "minigpt-chat" and client.models.retrieve("minigpt-chat").id == model.id
+
+
+def test_a_chat_answer_is_what_generate_draws(client, pair):
+    ids = ids_of(pair, TALKS[0])
+    want = alone(pair, ids, temperature=0, max_new_tokens=40)
+    got = client.chat.completions.create(model="minigpt-chat", messages=said(TALKS[0]), temperature=0, max_tokens=40)
+    assert got.choices[0].message.content == pair[1].decode(want.ids) and got.choices[0].message.role == "assistant"
+    assert got.choices[0].finish_reason == want.finish_reason and got.object == "chat.completion"
+    assert got.usage.prompt_tokens == len(ids) and got.usage.completion_tokens == len(want.ids)
+    assert got.usage.total_tokens == len(ids) + len(want.ids) and got._request_id.startswith("req-")
+
+
+def test_eight_at_once_answer_as_one_by_one(client, pair, ledger):
+    """Greedy and with seeds, streamed and not, 8 requests at once: each as asked alone, and as generate() draws."""
+    answers, wrong = {}, 0
+
+    def ask(i, temperature):
+        stream = i % 2 == 1
+        got = client.chat.completions.create(model="minigpt-chat", messages=said(TALKS[i]), temperature=temperature,
+                                             max_tokens=24, seed=100 + i, top_p=0.9, stream=stream)
+        answers[i, temperature] = ("".join(chunk.choices[0].delta.content or "" for chunk in got) if stream
+                                   else got.choices[0].message.content)
+
+    for temperature in (0, 0.8):
+        threads = [threading.Thread(target=ask, args=(i, temperature)) for i in range(8)]
+        for action in (threading.Thread.start, threading.Thread.join):
+            list(map(action, threads))
+    together = dict(answers)
+    for i, temperature in together:
+        ask(i, temperature)
+        want = alone(pair, ids_of(pair, TALKS[i]), temperature=temperature, max_new_tokens=24, seed=100 + i, top_p=0.9)
+        wrong += not together[i, temperature] == answers[i, temperature] == pair[1].decode(want.ids)
+    ledger("server: of 16 answers drawn 8 at once, those that differ when asked alone", wrong, bound=0)
+    assert len(together) == 16 and wrong == 0
+
+
+def test_n_seed_and_stop(client, pair):
+    kind = dict(model="minigpt-chat", messages=said(TALKS[5]), max_tokens=30, seed=7, temperature=0.9, n=3)
+    first, second = (client.chat.completions.create(**kind) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in second.choices] and len(set(texts)) == 3
+    own = client.chat.completions.create(**kind | {"n": 1, "seed": 8})
+    assert own.choices[0].message.content == texts[1], "answer i is drawn with seed + i"
+    word = next(w for w in texts[0].split()[3:] if len(w) > 2)
+    for stop in (word, ["never said", word]):
+        cut = client.chat.completions.create(**kind | {"n": 1, "stop": stop})
+        assert cut.choices[0].finish_reason == "stop"
+        assert cut.choices[0].message.content == texts[0][:texts[0].index(word)]
+
+
+def test_streams(client):
+    kind = dict(model="minigpt-chat", messages=said(TALKS[0]), max_tokens=20, temperature=0, n=2)
+    whole = client.chat.completions.create(**kind)
+    chunks = list(client.chat.completions.create(**kind, stream=True, stream_options={"include_usage": True}))
+    *rest, last = chunks
+    assert last.choices == [] and last.usage == whole.usage and all(chunk.usage is None for chunk in rest)
+    assert {chunk.id for chunk in chunks} == {chunks[0].id} and chunks[0].object == "chat.completion.chunk"
+    for index in (0, 1):
+        own = [chunk.choices[0] for chunk in rest if chunk.choices[0].index == index]
+        assert own[0].delta.role == "assistant" and all(choice.delta.role is None for choice in own[1:])
+        assert "".join(c.delta.content or "" for c in own) == whole.choices[index].message.content
+        assert [c.finish_reason for c in own if c.finish_reason] == [whole.choices[index].finish_reason]
+
+
+def test_text_completions(client, pair):
+    prompts = ["One day the little dog", "Once upon a time"]
+    got = client.completions.create(model="minigpt-chat", prompt=prompts, max_tokens=12, temperature=0, n=2)
+    assert [choice.index for choice in got.choices] == [0, 1, 2, 3] and got.object == "text_completion"
+    for i, prompt in enumerate(prompts):
+        want = alone(pair, pair[1].encode(prompt), temperature=0, max_new_tokens=12)
+        assert got.choices[2 * i].text == got.choices[2 * i + 1].text == pair[1].decode(want.ids)
+    as_ids = client.completions.create(model="minigpt-chat", prompt=[pair[1].encode(p) for p in prompts], max_tokens=12,
+                                       temperature=0, stream=True)
+    texts = ["", ""]
+    for chunk in as_ids:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [got.choices[0].text, got.choices[2].text]
+    empty = client.completions.create(model="minigpt-chat", prompt="", max_tokens=3)
+    assert empty.usage.prompt_tokens == 1
+
+
+def test_logprobs_are_the_models(client, pair):
+    got = client.chat.completions.create(model="minigpt-chat", messages=said(TALKS[1]), max_tokens=8, temperature=0.7,
+                                         seed=3, logprobs=True, top_logprobs=4).choices[0]
+    ids = ids_of(pair, TALKS[1])
+    drawn = got.logprobs.content
+    want = alone(pair, ids, temperature=0.7, top_p=0.9, seed=3, max_new_tokens=8)
+    assert b"".join(bytes(t.bytes) for t in drawn).decode() == got.message.content
+    with torch.no_grad():
+        logp = pair[0](torch.tensor([ids + want.ids]))[0, len(ids) - 1:-1].log_softmax(-1)
+    for row, token, view in zip(logp, want.ids, drawn):
+        assert view.logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert [t.logprob for t in view.top_logprobs] == pytest.approx(row.topk(4).values.tolist(), abs=1e-3)
+    old = client.completions.create(model="minigpt-chat", prompt="One day", max_tokens=6, logprobs=2).choices[0]
+    assert "".join(old.logprobs.tokens) == old.text and len(old.logprobs.top_logprobs[0]) == 2
+    assert all(old.text[at:].startswith(t) for at, t in zip(old.logprobs.text_offset, old.logprobs.tokens))
+
+
+def test_penalties_and_our_own_fields(client, pair):
+    want = alone(pair, ids_of(pair, TALKS[5]), temperature=0.8, top_k=30, min_p=0.02, top_p=0.9, seed=1,
+                 presence_penalty=0.5, frequency_penalty=0.3, max_new_tokens=20,
+                 processors=(RepetitionPenalty(1.3, prompt=False),))
+    got = client.chat.completions.create(model="minigpt-chat", messages=said(TALKS[5]), temperature=0.8, seed=1,
+                                         presence_penalty=0.5, frequency_penalty=0.3, max_completion_tokens=20,
+                                         top_p=0.9, extra_body={"top_k": 30, "min_p": 0.02, "repetition_penalty": 1.3})
+    assert got.choices[0].message.content == pair[1].decode(want.ids)
+
+
+def test_a_conversation_with_parts_goes_on(client):
+    talk = [{"role": "developer", "content": "Be brief."}, *said([{"type": "text", "text": "Hi"}])]
+    answer = client.chat.completions.create(model="minigpt-chat", messages=talk, max_tokens=8).choices[0].message
+    more = client.chat.completions.create(model="minigpt-chat", messages=[*talk, answer, *said("And now?")], max_tokens=8)
+    assert more.choices[0].message.content is not None
+
+
+@pytest.mark.parametrize("change, kind, param, code, words", [
+    ({"model": "gpt-9"}, openai.NotFoundError, "model", "model_not_found", "only 'minigpt-chat'"),
+    ({"temperature": 3}, openai.BadRequestError, "temperature", None, "less than or equal to 2"),
+    ({"top_p": 0}, openai.BadRequestError, "top_p", None, "greater than 0"),
+    ({"n": 99}, openai.BadRequestError, "n", None, "n=99 is more"),
+    ({"max_tokens": 5000}, openai.BadRequestError, "messages", "context_length_exceeded", "exceed the context of 1024"),
+    ({"max_tokens": "many"}, openai.BadRequestError, "max_tokens", None, "got 'many'"),
+    ({"messages": []}, openai.BadRequestError, "messages", None, "at least 1 item"),
+    ({"messages": said("word " * 2000)}, openai.BadRequestError, "messages", "context_length_exceeded", "2009 prompt"),
+    ({"messages": said("x" * 99999)}, openai.BadRequestError, "messages", None, "cannot fit"),
+    ({"messages": said("Hi") * 2}, openai.BadRequestError, "messages", None, "'assistant' is due"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, openai.BadRequestError, "messages", None, "messages.0.role"),
+    ({"messages": said([{"type": "image_url", "image_url": {"url": "x"}}])}, openai.BadRequestError, "messages", None, ""),
+    ({"stop": ""}, openai.BadRequestError, "stop", None, "at least 1 character"),
+    ({"seed": 2**70}, openai.BadRequestError, "seed", None, "less than"),
+    ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs", None, "needs logprobs"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools", "unknown_parameter",
+     "unknown parameter 'tools'")])
+def test_refusals(client, change, kind, param, code, words):
+    asked = {"model": "minigpt-chat", "messages": said("Hi"), "max_tokens": 4} | change
+    with pytest.raises(kind) as refused:
+        client.chat.completions.create(**asked)
+    error = refused.value
+    assert error.param == param and error.code == code and words in error.message
+    assert error.type == "invalid_request_error"
+
+
+# ------------------------------------------------------------------ plain HTTP
+
+def send(url, method, path, body=b"", headers=()):
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    connection.request(method, path, body, dict(headers))
+    response = connection.getresponse()
+    data = response.read()
+    connection.close()
+    return response, data
+
+
+JSON = {"Content-Type": "application/json"}
+ASK = json.dumps({"model": "minigpt-chat", "prompt": "One", "max_tokens": 2}).encode()
+
+
+@pytest.mark.parametrize("method, path, body, headers, status", [
+    ("POST", "/v1/completions", b"{", JSON, 400), ("POST", "/v1/completions", b"", JSON, 400),
+    ("POST", "/v1/completions", b"\xff\xfe", JSON, 400), ("POST", "/v1/completions", b"[" * 100_000, JSON, 400),
+    ("POST", "/v1/completions", b"9" * 5000, JSON, 400), ("POST", "/v1/completions", b"[1e999]", JSON, 400),
+    ("POST", "/v1/completions", ASK, {"Content-Type": "text/plain"}, 400), ("POST", "/v1/completions", ASK, {}, 400),
+    ("POST", "/v1/completions", b'{"model": "\\udfff", "prompt": "a", "\\ud800": 1}', JSON, 400),
+    ("POST", "/v1/completions", b" " * 1_000_001, JSON, 413), ("GET", "/v1/completions", b"", {}, 405),
+    ("GET", "/v1/nothing", b"", {}, 404), ("GET", "/v1/models/%FF%00", b"", {}, 404), ("DELETE", "/nowhere", b"", {}, 404)])
+def test_every_error_is_shaped_as_openai_does(url, method, path, body, headers, status):
+    response, data = send(url, method, path, body, headers)
+    error = json.loads(data)["error"]
+    assert response.status == status and error.keys() == {"message", "type", "param", "code"} and error["message"]
+
+
+def test_health_metrics_and_page(url, client):
+    assert json.loads(send(url, "GET", "/health")[1]) == {"status": "ok"}
+    assert b"/v1/models" in send(url, "GET", "/")[1]
+
+    def total(name, **labels):
+        families = text_string_to_metric_families(send(url, "GET", "/metrics")[1].decode())
+        samples = [s for family in families for s in family.samples if s.name == name]
+        return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+    own = {"path": "/v1/completions", "status": "200"}
+    before = [total("minigpt_requests_total", **own), total("minigpt_generated_tokens_total"),
+              total("minigpt_prompt_tokens_total"), total("minigpt_first_token_seconds_count")]
+    used = client.completions.create(model="minigpt-chat", prompt="One day", max_tokens=5).usage
+    after = [total("minigpt_requests_total", **own), total("minigpt_generated_tokens_total"),
+             total("minigpt_prompt_tokens_total"), total("minigpt_first_token_seconds_count")]
+    assert [b - a for a, b in zip(before, after)] == [1, used.completion_tokens, used.prompt_tokens, 1]
+    assert total("minigpt_first_token_seconds_bucket", le="+Inf") == after[3] and total("minigpt_running") == 0
+
+
+def test_raw_events(url):
+    body = json.dumps({"model": "minigpt-chat", "prompt": "One day", "max_tokens": 4, "stream": True, "temperature": 0})
+    response, data = send(url, "POST", "/v1/completions", body.encode(), JSON)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = data.decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""] and all(event.startswith("data: ") for event in events[:-1])
+    assert all(json.loads(event[6:])["choices"] for event in events[:-2])
+
+
+def test_a_client_that_leaves_stops_the_work(pair):
+    """Streamed and not: once the connection is closed, the row is gone after a token or two."""
+    app = create_app(*pair)
+    engine = app.state.engine
+    with running(app) as url:
+        for stream in (True, False):
+            steps, before = [], engine.batch.step
+            body = json.dumps({"model": "minigpt-chat", "prompt": "One day", "max_tokens": 900, "stream": stream,
+                               "top_k": 50, "stop": ["\ufffe"], "temperature": 1.5, "seed": 2}).encode()
+            raw = socket.create_connection(url.removeprefix("http://").split(":"))
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+                        + str(len(body)).encode() + b"\r\n\r\n" + body)
+            wait_until(lambda: engine.batch.rows)
+            answer = engine.batch.rows[0][0].answers[0]
+            wait_until(lambda: len(answer.result.ids) >= 3)
+            raw.close()
+            wait_until(lambda: not engine.batch.rows)
+            assert answer.finish_reason == "length" and len(answer.result.ids) < 200
+
+
+def wait_until(true, seconds=20):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.002)
+
+
+def test_a_cancelled_ask_gets_no_further_token(small):
+    model, tokenizer = small
+    engine = Engine(model, tokenizer)
+    ask = Ask([5], [Answer(tokenizer, [5], Options(seed=1), 200)])
+    ask.tell = lambda number, piece: ask.cancel() if len(ask.answers[0].result.ids) == 3 else None
+    other = Ask([5], [Answer(tokenizer, [5], Options(seed=2), 9)])
+    engine.submit(ask, other)
+    while engine.round():
+        pass
+    assert len(ask.answers[0].result.ids) == 3 and len(other.answers[0].result.ids) == 9
+
+
+# ------------------------------------------------------------------ limits
+
+def test_a_full_queue_says_when_to_come_back(small):
+    """One row, two places to wait: of five long requests two are sent away at once with 429 and Retry-After."""
+    limits = Limits(max_batch=1, max_queue=2)
+    app, outcomes = create_app(*small, limits=limits), []
+    with running(app) as url:
+        def ask():
+            body = json.dumps({"model": "minigpt-chat", "prompt": "One", "max_tokens": 250}).encode()
+            response, data = send(url, "POST", "/v1/completions", body, JSON)
+            outcomes.append((response.status, response.headers["Retry-After"], json.loads(data)))
+
+        engine, step = app.state.engine, app.state.engine.batch.step
+        gate = threading.Event()
+        engine.batch.step = lambda: (gate.wait(20), step())
+        threads = [threading.Thread(target=ask) for _ in range(5)]
+        threads[0].start()
+        wait_until(lambda: engine.batch.rows)
+        for thread in threads[1:]:
+            thread.start()
+        wait_until(lambda: len(outcomes) == 2)
+        assert sorted(status for status, _, _ in outcomes) == [429, 429]
+        gate.set()
+        for thread in threads:
+            thread.join()
+    assert sorted(status for status, _, _ in outcomes) == [200, 200, 200, 429, 429]
+    refused = [outcome for outcome in outcomes if outcome[0] == 429]
+    assert all(int(after) >= 1 and data["error"]["code"] == "rate_limit_exceeded" for _, after, data in refused)
+
+
+def test_time_runs_out(small):
+    """Time that runs out cuts an answer that has begun; one that never began is told so."""
+    app = create_app(*small, limits=Limits(max_batch=1, timeout=0.8))
+    engine, step = app.state.engine, app.state.engine.batch.step
+    engine.batch.step = lambda: (step(), time.sleep(1.2 * bool(engine.batch.rows)))
+    with running(app) as url:
+        found = {}
+
+        def ask(name):
+            body = json.dumps({"model": "minigpt-chat", "prompt": "One", "max_tokens": 250}).encode()
+            found[name] = send(url, "POST", "/v1/completions", body, JSON)
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in ("first", "second")]
+        threads[0].start()
+        wait_until(lambda: engine.batch.rows)
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+    cut, late = json.loads(found["first"][1]), json.loads(found["second"][1])
+    assert cut["choices"][0]["finish_reason"] == "length" and 0 < cut["usage"]["completion_tokens"] < 250
+    assert found["second"][0].status == 503 and late["error"]["code"] == "timeout"
+
+
+def test_limits_name_bad_values():
+    for bad in (dict(max_batch=0), dict(max_queue=-1), dict(max_tokens=0), dict(timeout=0), dict(temperature=-1)):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}={next(iter(bad.values()))}"):
+            Limits(**bad)
+
+
+def test_key_hosts_and_cors(small):
+    app = create_app(*small, name="tiny", api_key="s3cret", hosts=["localhost"], cors=["https://page.example"],
+                     limits=Limits(max_tokens=5))
+    with running(app) as url:
+        ours = {"Host": "localhost"}
+        assert send(url, "GET", "/v1/models", headers=ours)[0].status == 401
+        assert send(url, "GET", "/metrics", headers=ours)[0].status == 401
+        assert send(url, "GET", "/health", headers=ours)[0].status == 200
+        for wrong in ("Bearer s3cre", "Bearer s3crett", "s3cret", "Bearer \xe9"):
+            response, data = send(url, "GET", "/v1/models", headers=ours | {"Authorization": wrong})
+            assert response.status == 401 and json.loads(data)["error"]["code"] == "invalid_api_key"
+        good = ours | {"Authorization": "Bearer s3cret"}
+        assert json.loads(send(url, "GET", "/v1/models", headers=good)[1])["data"][0]["id"] == "tiny"
+        assert send(url, "GET", "/v1/models", headers=good | {"Host": "evil.example"})[0].status == 421
+        page = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST", "Host": "localhost"}
+        allowed = send(url, "OPTIONS", "/v1/completions", headers=page)[0].headers
+        assert allowed["access-control-allow-origin"] == "https://page.example"
+        with openai.OpenAI(base_url=f"{url.replace('127.0.0.1', 'localhost')}/v1", api_key="wrong", max_retries=0) as bad:
+            with pytest.raises(openai.AuthenticationError):
+                bad.models.list()
+        body = json.dumps({"model": "tiny", "prompt": "One", "max_tokens": 9}).encode()
+        response, data = send(url, "POST", "/v1/completions", body, good | JSON)
+        assert response.status == 400 and "allows, 5" in json.loads(data)["error"]["message"]
+
+
+def test_cors_is_off_unless_asked(url):
+    page = {"Origin": "https://page.example"}
+    response, _ = send(url, "GET", "/v1/models", headers=page)
+    assert response.status == 200 and response.headers["access-control-allow-origin"] is None
+
+
+def test_an_internal_failure_is_told_in_the_same_shape_and_survived(small):
+    app = create_app(*small)
+    engine, step = app.state.engine, app.state.engine.batch.step
+    body = json.dumps({"model": "minigpt-chat", "prompt": "One", "max_tokens": 9}).encode()
+    with running(app) as url:
+        engine.batch.step = lambda: 1 / 0
+        response, data = send(url, "POST", "/v1/completions", body, JSON)
+        assert response.status == 500 and json.loads(data)["error"]["type"] == "server_error"
+        engine.batch.step = step
+        assert send(url, "POST", "/v1/completions", body, JSON)[0].status == 200
+
+
+def test_a_gradio_page_at_the_root(small):
+    import gradio as gr
+    with gr.Blocks(title="our page") as page:
+        gr.Markdown("hello")
+    with running(create_app(*small, ui=page)) as url:
+        assert b"our page" in send(url, "GET", "/")[1]
+        assert json.loads(send(url, "GET", "/v1/models")[1])["data"]

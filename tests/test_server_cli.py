@@ -1,0 +1,168 @@
+"""`minigpt serve` as a process: it starts, refuses bad flags, ends in peace; and what lies in deploy/."""
+import configparser
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from minigpt import cli, cli_serve
+from minigpt.bpe import BPETokenizer
+from minigpt.gpt2 import GPT2, GPT2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPLOY = ROOT / "deploy"
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model that goes on until it is told to stop."""
+    import torch
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer.from_pretrained()
+    model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, block_size=1024, n_layer=1, n_head=2, n_embd=16,
+                            bos_token_id=0, eos_token_id=0))
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model.save_pretrained(path, tokenizer)
+    return path
+
+
+@contextmanager
+def process(command, **env):
+    """(process, host:port) of a server that tells its address on standard output."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | env
+    server = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        line = server.stdout.readline()
+        found = re.search(r"http://(127\.0\.0\.1:\d+)", line)
+        assert found, line + server.stderr.read()
+        yield server, found[1]
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close(), server.stderr.close()
+
+
+def post(where, body, key=None):
+    connection = http.client.HTTPConnection(where, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(body),
+                       JSON | ({"Authorization": f"Bearer {key}"} if key else {}))
+    return connection, connection.getresponse()
+
+
+def test_a_process_serves_and_ends_in_peace(folder):
+    """SIGTERM while one answer runs and one waits: the first ends whole, the second is sent away, the exit code is 0."""
+    flags = ["serve", "--model", folder, "--port", "0", "--no-ui", "--max-batch", "1", "--name", "tiny-chat"]
+    with process(["-m", "minigpt", *map(str, flags)], MINIGPT_API_KEY="k") as (server, where):
+        body = dict(model="tiny-chat", prompt="One", max_tokens=1000, seed=1, top_k=5, stream=True,
+                    stream_options={"include_usage": True})
+        assert post(where, body)[1].status == 401, "the key comes from the environment"
+        connection, first = post(where, body, "k")
+        assert first.status == 200 and first.readline().startswith(b"data: ")
+        outcome = []
+        waiting = threading.Thread(target=lambda: outcome.append(post(where, body, "k")[1]))
+        waiting.start()
+        time.sleep(0.3)
+        server.send_signal(signal.SIGTERM)
+        rest = first.read().decode()
+        waiting.join()
+        assert rest.endswith("data: [DONE]\n\n")
+        usage = json.loads(rest.split("\n\n")[-3].removeprefix("data: "))["usage"]
+        reasons = re.findall(r'"finish_reason": "(\w+)"', rest)
+        assert reasons == ["stop"] or reasons == ["length"] and usage["completion_tokens"] == 1000
+        assert outcome[0].status == 503 and outcome[0].headers["Retry-After"]
+        assert json.loads(outcome[0].read())["error"]["code"] == "shutting_down"
+        assert server.wait(30) == 0 and "Traceback" not in server.stderr.read()
+
+
+def invoke(*arguments):
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.callback()(lambda: None)
+    cli_serve.register(app)
+    return CliRunner().invoke(app, ["serve", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--max-batch", "0"], "max_batch=0"), (["--max-queue", "-1"], "max_queue=-1"), (["--timeout", "0"], "timeout=0"),
+    (["--temperature", "-1"], "temperature=-1"), (["--model", "nowhere", "--no-ui"], "nowhere")])
+def test_bad_flags_are_named(arguments, message):
+    problem = invoke(*arguments).exception
+    assert isinstance(problem, cli.USER_ERRORS) and message in cli.explain(problem)
+
+
+def test_a_port_in_use_is_an_error_of_one_line(folder):
+    import socket
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        problem = invoke("--model", folder, "--no-ui", "--port", other.getsockname()[1]).exception
+    assert isinstance(problem, OSError) and "in use" in cli.explain(problem)
+
+
+def test_help_is_quick_and_the_command_is_registered():
+    code = ("import sys, minigpt.cli; heavy = {'torch', 'gradio', 'fastapi', 'uvicorn'};"
+            "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr.decode()
+    shown = CliRunner().invoke(cli.app, ["serve", "--help"]).output
+    for flag in ("--adapter", "--api-key", "--max-batch", "--cors", "--allowed-host", "--grace"):
+        assert flag in shown
+
+
+# ------------------------------------------------------------------ deploy/
+
+def test_the_space_runs():
+    """app.py for real: the page and the API of the shipped model, on a port of our choice."""
+    with process([DEPLOY / "space" / "app.py"], PORT="0", HOST="127.0.0.1", GRADIO_ANALYTICS_ENABLED="False",
+                 MINIGPT_API_KEY="") as (server, where):
+        connection = http.client.HTTPConnection(where, timeout=60)
+        connection.request("GET", "/")
+        page = connection.getresponse()
+        assert page.status == 200 and b"gradio" in page.read().lower()
+        _, response = post(where, dict(model="minigpt-chat", prompt="One day", max_tokens=5, temperature=0))
+        assert response.status == 200 and json.loads(response.read())["choices"][0]["text"]
+
+
+def test_the_space_card_names_what_is_there():
+    head = (DEPLOY / "space" / "README.md").read_text(encoding="utf-8").split("---")[1]
+    card = dict(line.split(": ", 1) for line in head.strip().splitlines())
+    assert card["sdk"] == "gradio" and (DEPLOY / "space" / card["app_file"]).exists()
+    assert int(card["sdk_version"].split(".")[0]) >= 5
+
+
+def flags_of(command):
+    return set(re.findall(r"--[a-z-]+", command))
+
+
+def test_every_file_uses_flags_that_exist():
+    known = flags_of(CliRunner().invoke(cli.app, ["serve", "--help"]).output)
+    docker = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    start = "".join(re.findall(r"(?m)^(?:ENTRYPOINT|CMD) .*$", docker))
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str
+    unit.read(DEPLOY / "minigpt.service", encoding="utf-8")
+    page = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    for used in (start, unit["Service"]["ExecStart"]):
+        assert flags_of(used) and flags_of(used) <= known
+    for flag in set(re.findall(r"`(--[a-z-]+)", page)):
+        assert flag in known, flag
+    for copied in re.findall(r"(?m)^COPY (.*) \S+$", docker):
+        assert all((ROOT / name).exists() for name in copied.split()), copied
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
+def test_the_unit_is_valid(tmp_path):
+    text = (DEPLOY / "minigpt.service").read_text().replace("/opt/minigpt/bin/minigpt", sys.executable)
+    (tmp_path / "minigpt.service").write_text(text)
+    done = subprocess.run(["systemd-analyze", "verify", tmp_path / "minigpt.service"], capture_output=True, text=True)
+    assert "minigpt.service" not in done.stderr, done.stderr
