@@ -1,0 +1,458 @@
+"""Chapter 07: masks and packing against one conversation at a time, DPO against trl, the end token, exact resume, bad input.
+Values are computed another way than in the chapter."""
+import copy
+import json
+import math
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minigpt import finetuning as ft
+from minigpt.bpe import BPETokenizer
+from minigpt.data import ChatRenderer, TokenFile, load_chats, load_text, pack
+from minigpt.finetuning import (PackedRows, PairRows, PairStepper, best_fit, documents_apart, dpo, dpo_loss, encode_chats,
+                                finetune, load_pairs, measure, reply_all)
+from minigpt.generation import generate
+from minigpt.gpt2 import GPT2, GPT2Config
+from minigpt.training import Batches, Phase, Ranks, Stepper, TrainConfig
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def chats():
+    return [c for c in load_chats("chats") if sum(len(m["content"]) for m in c["messages"]) < 250]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(chats):
+    texts = [m["content"] for c in chats for m in c["messages"]]
+    return BPETokenizer.train(texts, 600, SPECIAL, progress=False)
+
+
+@pytest.fixture(scope="module")
+def renderer(tokenizer):
+    return ChatRenderer(tokenizer)
+
+
+def tiny(seed: int = 0, loud: float = 1.0, **changes) -> GPT2:
+    torch.manual_seed(seed)
+    shape = GPT2Config(vocab_size=600, block_size=128, n_layer=2, n_head=2, n_embd=32, bos_token_id=0, eos_token_id=0)
+    model = GPT2(replace(shape, **changes))
+    with torch.no_grad():
+        model.wte.weight.mul_(loud)
+    return model.eval()
+
+
+def same(a: GPT2, b: GPT2) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def short(chats, renderer, size=100):
+    return [c for c in chats if len(renderer.render(c["messages"]).ids) <= size]
+
+
+# ------------------------------------------------------------------ rows
+
+def plain_best_fit(lengths, size):
+    """The same rule, by looking at every open row."""
+    rows, left = [], []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        room, row = min(((left[r], -r) for r in range(len(rows)) if left[r] >= lengths[item]), default=(size, -len(rows)))
+        if -row == len(rows):
+            rows.append([])
+            left.append(size)
+        rows[-row].append(item)
+        left[-row] -= lengths[item]
+    return rows
+
+
+@pytest.mark.parametrize("seed, size, most", [(0, 17, 17), (1, 257, 257), (2, 257, 40), (3, 64, 1)])
+def test_best_fit_is_the_plain_rule(seed, size, most):
+    lengths = np.random.default_rng(seed).integers(1, most + 1, 300).tolist()
+    rows = best_fit(lengths, size)
+    assert sorted(i for row in rows for i in row) == list(range(300))
+    assert all(sum(lengths[i] for i in row) <= size for row in rows)
+    assert len(rows) == len(plain_best_fit(lengths, size))
+    assert len(rows) <= 11 / 9 * math.ceil(sum(lengths) / size) + 1
+
+
+def test_packed_rows_hold_what_the_renderer_gives(chats, tokenizer, renderer, tmp_path):
+    some = short(chats, renderer)[:80]
+    packed = PackedRows(encode_chats(some, tokenizer, 129), 128, 0)
+    rendered = {tuple(r.ids): r.mask for r in (renderer.render(c["messages"]) for c in some)}
+    met = 0
+    for number in range(packed.n_rows):
+        ids, mask = (part.tolist() for part in packed.row(number))
+        assert len(ids) == len(mask) == 129
+        starts = [i for i, id in enumerate(ids) if id == 0] + [129]
+        for a, b in zip(starts, starts[1:]):
+            if b - a > 1:                                             # no filling
+                assert mask[a:b] == rendered[tuple(ids[a:b])]
+                met += 1
+            else:
+                assert mask[a] == 0
+    assert met == len(some)
+    file = pack(some, tmp_path / "t.tokens", tokenizer, progress=False)   # the same from a token file
+    again = PackedRows(TokenFile(file.path), 128, 0)
+    assert all(np.array_equal(a, b) for n in range(packed.n_rows) for a, b in zip(packed.row(n), again.row(n)))
+
+
+def test_an_epoch_reads_each_row_once_and_ranks_share_it(chats, tokenizer, renderer):
+    tokens = encode_chats(short(chats, renderer)[:120], tokenizer, 129)
+    config = TrainConfig(batch_size=4, seed=3)
+    alone = PackedRows(tokens, 128, 0)
+    alone.share(config, Ranks())
+    pair = [PackedRows(tokens, 128, 0) for _ in range(2)]
+    for rank, rows in enumerate(pair):
+        rows.share(config, Ranks(rank, 2))
+    drawn = [alone.draw().tolist() for _ in range(3 * alone.n_rows)]
+    assert [sum((rows.draw().tolist() for rows in pair), []) for _ in range(len(drawn))] == drawn
+    flat, n = sum(drawn, []), alone.n_rows
+    for epoch in range(3):
+        assert sorted(flat[epoch * n:(epoch + 1) * n]) == list(range(n))
+    assert flat[:n] != flat[n:2 * n]
+
+
+# ------------------------------------------------------------------ conversations kept apart
+
+def test_packed_logits_are_those_of_each_conversation_alone(chats, tokenizer, renderer, ledger):
+    model, packed = tiny(loud=20), PackedRows(encode_chats(short(chats, renderer)[:60], tokenizer, 129), 128, 0)
+    worst = leak = 0.0
+    for number in range(5):
+        ids = torch.from_numpy(packed.row(number)[0])[:-1]
+        with torch.no_grad(), documents_apart(model, 0):
+            together = model(ids[None])[0]
+        with torch.no_grad():
+            leaking = model(ids[None])[0]
+            for part in torch.tensor_split(torch.arange(128), torch.nonzero(ids == 0)[1:, 0]):
+                alone = model(ids[None, part])[0]
+                worst = max(worst, (together[part] - alone).abs().max().item())
+                leak = max(leak, (leaking[part] - alone).abs().max().item())
+    ledger("logits of packed conversations = each alone", worst, bound=1e-4)
+    assert worst < 1e-4 and leak > 0.1
+
+
+def test_packed_gradients_are_those_of_one_conversation_at_a_time(chats, tokenizer, renderer, ledger):
+    some = short(chats, renderer)[:20]
+    rows = PackedRows(encode_chats(some, tokenizer, 129), 128, 0)
+    rows.share(TrainConfig(batch_size=rows.n_rows), Ranks())
+    plain, total, count = tiny(loud=20), 0.0, 0
+    for chat in some:                                                 # the obvious way, one at a time
+        ids, mask = renderer.render(chat["messages"])
+        logits = plain(torch.tensor([ids[:-1]]))[0]
+        for t in range(len(ids) - 1):
+            if mask[t + 1]:
+                total, count = total - logits[t].log_softmax(-1)[ids[t + 1]], count + 1
+    (total / count).backward()
+    config = TrainConfig(batch_size=rows.n_rows, micro_batch=3)
+    model = tiny(loud=20)
+    ids, targets = Batches([Phase(rows, loss="answers")], config, 128).next(0.0)
+    with documents_apart(model, 0):
+        loss = Stepper(model, config).gradients(ids, targets)
+    assert (targets != -100).sum() == count
+    assert loss.item() == pytest.approx((total / count).item(), rel=1e-5)
+    worst = max((p.grad - q.grad).abs().max().item() / q.grad.abs().max().item()
+                for p, q in zip(model.parameters(), plain.parameters()))
+    ledger("gradients of packed micro-batches = one conversation at a time (relative)", worst, bound=1e-3)
+    assert worst < 1e-3
+
+
+def test_the_hook_leaves_other_calls_alone_and_goes():
+    model, ids = tiny(), torch.tensor([[0, 5, 6, 0, 7, 8]])
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    before = model(ids)
+    with documents_apart(model, 0):
+        assert not torch.equal(model(ids), before)
+        assert torch.allclose(model(ids, mask=mask), before, atol=1e-6)
+        assert generate(model, [0, 5], max_new_tokens=3, temperature=0).ids == \
+            generate(tiny(), [0, 5], max_new_tokens=3, temperature=0).ids
+    assert torch.equal(model(ids), before)
+    with pytest.raises(KeyError), documents_apart(model, 0):
+        raise KeyError
+    assert torch.equal(model(ids), before)
+
+
+# ------------------------------------------------------------------ what is refused
+
+def talk(*texts):
+    return {"messages": [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]}
+
+
+def test_bad_conversations_are_named(tokenizer):
+    good, endless = talk("Hi", "Hello"), talk("Hi", "Hello", "And?", "word " * 300)
+    with pytest.raises(ValueError, match="chats, row 1: no assistant message"):
+        encode_chats([good, talk("Hi")], tokenizer, 129)
+    with pytest.raises(ValueError, match=r"conversation 1 has \d+ tokens, the model reads 128 \(and 1 more such\).*'cut'"):
+        encode_chats([good, endless, endless], tokenizer, 129)
+    with pytest.raises(ValueError, match="too_long='shorten'"):
+        encode_chats([good], tokenizer, 129, "shorten")
+    with pytest.raises(ValueError, match="no conversation is left"):
+        encode_chats([endless], tokenizer, 129, "drop")
+    with pytest.raises(ValueError, match="no conversation is left"):
+        encode_chats([], tokenizer, 129)
+    kept = encode_chats([good], tokenizer, 129)
+    assert np.array_equal(encode_chats([good, endless], tokenizer, 129, "drop").ids, kept.ids)
+    assert np.array_equal(encode_chats([good, talk("Hi", "word " * 300)], tokenizer, 129, "cut").ids, kept.ids)
+    cut = encode_chats([endless], tokenizer, 129, "cut")              # its first exchange fits
+    assert np.array_equal(cut.ids, kept.ids) and np.array_equal(cut.mask, kept.mask)
+    text = encode_chats([good, "word " * 300], tokenizer, 129, "cut")
+    assert len(text) == len(kept) + 129 and text.mask[len(kept):].all()
+
+
+def test_a_row_that_is_too_long_for_a_token_file_is_named(tokenizer, tmp_path):
+    file = pack([talk("Hi", "Hello"), talk("Hi", "word " * 300)], tmp_path / "t.tokens", tokenizer, progress=False)
+    with pytest.raises(ValueError, match="conversation 1 has"):
+        PackedRows(file, 128, 0)
+
+
+def test_models_and_folders_that_cannot_work_are_refused_before_any_work(chats, tokenizer, tmp_path):
+    started = []
+    options = {"callbacks": [lambda row, model: started.append(row)], **QUIET}
+    plain = BPETokenizer.train(["some text without chats"] * 9, 262, ["<|endoftext|>"], progress=False)
+    with pytest.raises(ValueError, match="no <|im_start|>, <|im_end|>"):
+        finetune(tiny(vocab_size=262), chats, tokenizer=plain, **options)
+    with pytest.raises(ValueError, match="600 ids, the model 700"):
+        finetune(tiny(vocab_size=700), chats, tokenizer=tokenizer, **options)
+    broken = tiny()
+    with torch.no_grad():
+        broken.blocks[1].mlp.c_fc.bias[3] = math.inf
+    with pytest.raises(ValueError, match="blocks.1.mlp.c_fc.bias holds values"):
+        finetune(broken, chats, tokenizer=tokenizer, **options)
+    with pytest.raises(TypeError, match="one dict"):
+        finetune(tiny(), chats[0], tokenizer=tokenizer, **options)
+    with pytest.raises(ValueError, match="reads at most 128"):
+        finetune(tiny(), chats[:9], tokenizer=tokenizer, config={"block_size": 256}, **options)
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+        finetune(tiny(), "nowhere.jsonl", tokenizer=tokenizer, **options)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="another folder"):
+        finetune(tiny(), chats, tokenizer=tokenizer, out=tmp_path, **options)
+    with pytest.raises(FileExistsError, match="another folder"):
+        dpo(tiny(), tokenizer=tokenizer, out=tmp_path, **options)
+    assert not started and (tmp_path / "model" / "mine.txt").read_text() == "mine"
+
+
+def test_a_loss_that_is_no_number_ends_the_run(chats, tokenizer, renderer):
+    with pytest.raises(FloatingPointError, match="Try a lower learning rate"):
+        finetune(tiny(), short(chats, renderer)[:30], tokenizer=tokenizer, **QUIET,
+                 config={"lr": 1e20, "max_steps": 30, "warmup_steps": 0, "log_every": 1, "clip": 1e9})
+
+
+# ------------------------------------------------------------------ the run
+
+def test_the_end_is_learned_where_it_counts_and_only_there(chats, tokenizer, renderer, ledger):
+    some, held = short(chats, renderer)[:300], short(load_chats("held"), renderer, 64)[:60]
+    settings = {"max_steps": 60, "lr": 1e-2, "batch_size": 4}
+    result = finetune(tiny(n_embd=48), some, tokenizer=tokenizer, held=held, config=settings, **QUIET)
+    assert result.before["stops"] < 0.05
+    assert result.after["stops"] >= 0.95
+    assert result.after["answers_perplexity"] < result.before["answers_perplexity"] / 3
+    ledger("answers that end by themselves after tuning (share of held-out prompts)", result.after["stops"], bound=0.95)
+    deaf = encode_chats(some, tokenizer, 129)                         # the same run, but the end does not count
+    mask = np.where(deaf.ids == renderer.im_end, 0, deaf.mask).astype(np.uint8)
+    rows = PackedRows(replace(deaf, mask=mask), 128, 0)
+    config = ft.tuning_config(rows.n_rows, 1, settings)
+    rows.share(config, Ranks())
+    model = tiny(n_embd=48)
+    with documents_apart(model, 0):
+        ft.train(model, Phase(rows, loss="answers"), config, progress=False)
+    assert sum(r.finish_reason == "stop" for r in reply_all(model, renderer, held)) < 0.05 * len(held)
+
+
+def test_interrupted_and_resumed_is_uninterrupted(chats, tokenizer, renderer, tmp_path, ledger):
+    def interrupt(row, model):
+        if row["step"] == 7:
+            signal.raise_signal(signal.SIGINT)
+    some = short(chats, renderer)[:60]
+    options = {"tokenizer": tokenizer, "config": {"max_steps": 12, "batch_size": 2, "log_every": 1}, **QUIET}
+    whole = finetune(tiny(), some, **options)
+    half = finetune(tiny(), some, out=tmp_path / "run", callbacks=[interrupt], **options)
+    assert (half.stopped, half.step) == ("SIGINT", 8) and not same(half.model, whole.model)
+    rest = finetune(tiny(), some, out=tmp_path / "run", resume=True, **options)
+    assert rest.step == 12 and same(rest.model, whole.model)
+    ledger("fine-tuning resumed = uninterrupted (tensors that differ)", 0, bound=0)
+    saved = GPT2.from_pretrained(tmp_path / "run" / "model")
+    assert same(saved, whole.model)
+    assert BPETokenizer.from_pretrained(tmp_path / "run" / "model").encode("Hi") == tokenizer.encode("Hi")
+    with pytest.raises(ValueError, match="rows=|same data"):
+        finetune(tiny(), some[:20], out=tmp_path / "run", resume="force", **options)
+
+
+def test_measures_are_those_of_a_plain_loop(chats, tokenizer, renderer):
+    model, some = tiny(loud=20), short(chats, renderer, 60)[:12]
+    nats, count, right, stops = 0.0, 0, 0, 0
+    for chat in some:
+        ids, mask = renderer.render(chat["messages"])
+        logp = model(torch.tensor([ids]))[0].log_softmax(-1)
+        for t in range(1, len(ids)):
+            if mask[t]:
+                nats, count = nats - logp[t - 1, ids[t]].item(), count + 1
+                right += int(logp[t - 1].argmax()) == ids[t]
+        row = renderer.prompt(chat["messages"][:-1])
+        for _ in range(20):                                           # greedy, by hand
+            row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
+            if row[-1] in renderer.stop_ids:
+                stops += 1
+                break
+    found = measure(model, tokenizer, some, max_new_tokens=20)
+    assert found["answers_perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+    assert found["first_guesses"] == pytest.approx(right / count)
+    assert found["stops"] == pytest.approx(stops / len(some))
+
+
+def test_more_tokens_change_nothing_for_the_old_ones():
+    old, gpt2 = tiny(vocab_size=50257, loud=20), BPETokenizer.from_pretrained("gpt2")
+    model, tokenizer = ft.add_chat_tokens(old, gpt2)
+    text = "A text, and <|im_start|> is only text."
+    assert tokenizer.encode_ordinary(text) == gpt2.encode(text)
+    ids = torch.tensor([gpt2.encode(text)])
+    assert torch.allclose(model(ids)[..., :50257], old(ids), atol=1e-4)
+    assert torch.allclose(model.wte.weight[-1], old.wte.weight.mean(0), atol=1e-6)
+    result = finetune(model, [talk("Hi", "Hello")] * 4, tokenizer=tokenizer, config={"max_steps": 2, "batch_size": 1}, **QUIET)
+    assert math.isfinite(result.history[-1]["loss"])
+
+
+# ------------------------------------------------------------------ preferences
+
+def some_pairs(n: int = 8) -> list:
+    return load_pairs(limit=n)
+
+
+def test_dpo_loss_and_gradients_are_trls(tokenizer, renderer, tmp_path, ledger):
+    trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
+    from datasets import Dataset
+    rows = PairRows(some_pairs(4), renderer, 128)
+    policy, frozen = tiny(loud=20), tiny(seed=1, loud=20)
+    for name, model in (("policy", policy), ("frozen", frozen)):
+        model.save_pretrained(tmp_path / name, tokenizer)
+    theirs = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("policy", "frozen")]
+    data = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    trainer = trl.DPOTrainer(
+        model=theirs[0], ref_model=theirs[1], train_dataset=data,
+        processing_class=transformers.AutoTokenizer.from_pretrained(tmp_path / "policy"),
+        args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), beta=0.3, report_to=[], use_cpu=True, bf16=False,
+                           gradient_checkpointing=False))
+    trainer.model.eval()
+    ids, mask = (torch.from_numpy(part).transpose(0, 1).flatten(0, 1) for part in (rows.table, rows.marks))
+    loss = trainer.compute_loss(trainer.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+                                                "completion_mask": mask.long()})
+    loss.backward()
+    stepper = PairStepper(policy, TrainConfig(micro_batch=2), Ranks(), beta=0.3)
+    stepper.reference = frozen
+    windows = rows.windows(range(4))
+    ours = stepper.gradients(windows.x, np.where(windows.mask, windows.y, -100))
+    ledger("DPO loss = trl's", abs(ours.item() - loss.item()), peer="trl", bound=1e-5)
+    assert ours.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert abs(ours.item() - math.log(2)) > 0.1                       # not at the start, where all are equal
+    want, got = theirs[0].transformer.wte.weight.grad, policy.wte.weight.grad
+    worst = ((want - got).abs().max() / want.abs().max()).item()
+    ledger("DPO gradient = trl's (relative)", worst, peer="trl", bound=1e-4)
+    assert worst < 1e-4
+
+
+def test_dpo_loss_is_equation_7_in_64_bits(renderer, ledger):
+    rows = PairRows(some_pairs(5), renderer, 128)
+    policy, frozen = tiny(loud=20).double(), tiny(seed=1, loud=20).double()
+    want = []
+    for chosen, rejected in zip(rows.table[:, 0], rows.table[:, 1]):
+        odds = 0.0
+        for sign, ids in ((1, chosen), (-1, rejected)):
+            answer = max(i for i in range(len(ids)) if ids[i] == renderer.header["assistant"][0]) + \
+                len(renderer.header["assistant"])
+            end = [i for i in range(answer, len(ids)) if ids[i] == renderer.im_end][0]
+            for model, side in ((policy, 1), (frozen, -1)):
+                logp = model(torch.from_numpy(ids)[None])[0].log_softmax(-1)
+                odds += sign * side * sum(logp[t - 1, ids[t]].item() for t in range(answer, end + 1))
+        want.append(math.log1p(math.exp(-0.3 * odds)))
+    windows = rows.windows(range(5))
+    x, y = torch.from_numpy(windows.x), torch.from_numpy(np.where(windows.mask, windows.y, -100))
+    logprobs = [ft.answer_logprobs(m.float(), x, y).view(-1, 2) for m in (policy, frozen)]
+    got = dpo_loss(*logprobs, beta=0.3)
+    worst = (got.double() - torch.tensor(want, dtype=torch.double)).abs().max().item()
+    ledger("DPO loss = equation 7 in 64 bits", worst, bound=1e-4)
+    assert worst < 1e-4
+
+
+def test_dpo_prefers_and_resumes_exactly_and_leaves_the_frozen_copy(tokenizer, tmp_path):
+    def interrupt(row, model):
+        if row["step"] == 5:
+            signal.raise_signal(signal.SIGINT)
+    pairs = some_pairs(16)
+    options = {"tokenizer": tokenizer, "held": pairs[:4], "beta": 0.5, **QUIET,
+               "config": {"max_steps": 14, "batch_size": 8, "lr": 3e-3, "log_every": 1}}
+    whole = dpo(tiny(loud=5), pairs, **options)
+    assert whole.before["loss"] == pytest.approx(math.log(2), abs=1e-6) and whole.before["prefers"] == 0
+    assert whole.after["loss"] < 0.5 and whole.after["prefers"] == 1
+    assert whole.after["chosen"] - whole.after["rejected"] > 1
+    half = dpo(tiny(loud=5), pairs, out=tmp_path / "run", callbacks=[interrupt], **options)
+    assert half.step == 6 and half.after == {}            # the step that was under way is ended
+    rest = dpo(tiny(loud=5), pairs, out=tmp_path / "run", resume=True, **options)
+    assert rest.step == 14 and same(rest.model, whole.model)
+    assert same(GPT2.from_pretrained(tmp_path / "run" / "model"), whole.model)
+    model = tiny()
+    stepper = PairStepper(model, TrainConfig(), Ranks(), beta=0.1)
+    with torch.no_grad():
+        model.wte.weight.add_(1.0)
+    assert same(stepper.reference, tiny())
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"prompt": "a", "chosen": "b"}, "no pair here"), ("text", "no pair here"),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "nothing to prefer"),
+    ({"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}, "role is 'user'"),
+    ({"chosen": talk("a", "b")["messages"], "rejected": talk("x", "c")["messages"]}, "same prompt")])
+def test_bad_pairs_are_named(row, words):
+    with pytest.raises(ValueError, match=f"pairs.jsonl, line 3.*{words}"):
+        ft.as_pair(row, "pairs.jsonl, line 3")
+
+
+def test_layouts_of_pairs(tmp_path):
+    want = ft.as_pair({"prompt": "a", "chosen": "b", "rejected": "c"})
+    assert want == ft.as_pair({"chosen": talk("a", "b")["messages"], "rejected": talk("a", "c")["messages"]})
+    assert want == ft.as_pair({"prompt": talk("a")["messages"], "chosen": talk("", "b")["messages"][1:], "rejected": "c"})
+    assert want == ft.as_pair(want)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    assert load_pairs(path) == [want]
+
+
+def test_dpo_refuses_what_cannot_work(tokenizer, renderer):
+    pairs = some_pairs(4)
+    for changes, words in (({"beta": 0}, "beta=0"), ({"config": {"batch_size": 3}}, "batch_size=3"),
+                           ({"config": {"micro_batch": 1}}, "micro_batch=1"), ({"config": {"block_size": 8}}, "pair 0 has")):
+        with pytest.raises(ValueError, match=words):
+            dpo(tiny(), pairs, tokenizer=tokenizer, **{**QUIET, **changes})
+    with pytest.raises(ValueError, match="no pairs"):
+        dpo(tiny(), [], tokenizer=tokenizer, **QUIET)
+
+
+def test_the_bundled_pairs_differ_by_a_question_at_the_end():
+    pairs = load_pairs()
+    assert len(pairs) >= 50
+    for pair in pairs:
+        assert pair.chosen.startswith(pair.rejected) and pair.chosen.endswith("?") and not pair.rejected.endswith("?")
+    known = {m["content"].lower() for c in load_chats("held") for m in c["messages"] if m["role"] == "user"}
+    assert not known & {p.prompt[-1]["content"].lower() for p in pairs}
+
+
+def test_plain_texts_may_be_mixed_in(chats, tokenizer, renderer):
+    texts = load_text("stories", limit=3)
+    tokens = encode_chats([*short(chats, renderer)[:5], *texts], tokenizer, 129, "cut")
+    assert (tokens.ids == 0).sum() == 8
+    start = int(np.flatnonzero(tokens.ids == 0)[5])
+    assert tokens.mask[start + 1:].all()

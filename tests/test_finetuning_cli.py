@@ -1,0 +1,134 @@
+"""`minigpt finetune`: every reader of chapter 01, pairs, resume, errors in one line and with exit code 2."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from minigpt import cli, cli_finetune
+from minigpt.bpe import BPETokenizer
+from minigpt.data import load_chats
+from minigpt.gpt2 import GPT2, GPT2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = ["--quiet", "--text", "", "--too-long", "cut", "--set", "max_steps=2", "--set", "batch_size=2"]
+
+
+def run(*arguments, code=0):
+    """The command within this process; output and error as a terminal would show them."""
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.callback()(lambda: None)
+    cli_finetune.register(app)
+    done = CliRunner().invoke(app, ["finetune", *map(str, arguments)])
+    problem = done.exception if isinstance(done.exception, Exception) else None
+    if problem is not None and not isinstance(problem, cli.USER_ERRORS):
+        raise problem
+    assert (2 if problem else done.exit_code) == code, done.output
+    return cli.explain(problem) if problem else done.stdout
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer.train([m["content"] for c in load_chats("chats", limit=200) for m in c["messages"]], 400,
+                                   ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], progress=False)
+    folder = tmp_path_factory.mktemp("models") / "base"
+    GPT2(GPT2Config(vocab_size=400, block_size=192, n_layer=1, n_head=2, n_embd=16, bos_token_id=0, eos_token_id=0)
+         ).save_pretrained(folder, tokenizer)
+    return folder
+
+
+def rows(n=12):
+    return [[f"Is {i} a number?", f"Yes, {i} is a number."] for i in range(n)]
+
+
+def written(folder: Path, layout: str) -> str:
+    """Conversations on disk in one of the layouts that chapter 01 reads."""
+    folder.mkdir()
+    if layout == "hub":                                               # a dataset's repository, laid out as on the hub
+        (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data.jsonl\n---\n")
+        (folder / "data.jsonl").write_text("".join(json.dumps({"messages": [
+            {"role": "user", "content": a}, {"role": "assistant", "content": b}]}) + "\n" for a, b in rows()))
+        return str(folder)
+    if layout == "csv":
+        path = folder / "a.csv"
+        path.write_text("instruction,output\n" + "".join(f'"{a}","{b}"\n' for a, b in rows()))
+        return str(path)
+    made = {"pairs.jsonl": "".join(json.dumps(["kind", [a, b]]) + "\n" for a, b in rows()),
+            "alpaca.json": json.dumps([{"instruction": a, "output": b} for a, b in rows()]),
+            "sharegpt.jsonl": "".join(json.dumps({"conversations": [
+                {"from": "human", "value": a}, {"from": "gpt", "value": b}]}) + "\n" for a, b in rows())}
+    if layout == "folder":
+        for name, text in made.items():
+            (folder / name).write_text(text)
+        return str(folder)
+    (folder / layout).write_text(made[layout])
+    return str(folder / layout)
+
+
+@pytest.mark.parametrize("layout", ["pairs.jsonl", "alpaca.json", "sharegpt.jsonl", "csv", "folder", "hub"])
+def test_every_reader(base, tmp_path, layout):
+    said = run(base, "--data", written(tmp_path / "data", layout), "--out", tmp_path / "run", *FAST)
+    assert said.splitlines()[-1] == f"saved in {tmp_path / 'run' / 'model'}"
+    assert GPT2.from_pretrained(tmp_path / "run" / "model").config.vocab_size == 400
+
+
+def test_it_learns_measures_and_can_be_chatted_with(base, tmp_path):
+    said = run(base, "--data", written(tmp_path / "data", "pairs.jsonl"), "--held", written(tmp_path / "held", "alpaca.json"),
+               "--out", tmp_path / "run", "--quiet", "--set", "max_steps=120", "--set", "lr=0.02", "--set", "batch_size=2")
+    table = {line.split()[0]: line.split()[1:] for line in said.splitlines()}
+    assert set(table) >= {"answers_perplexity", "first_guesses", "stops", "text_perplexity"}
+    before, after = map(float, table["answers_perplexity"])
+    assert after < 4 < 300 < before
+    assert table["stops"] == ["0.000", "1.000"]
+    before, after = map(float, table["text_perplexity"])
+    assert after > before                                             # it forgot, and says so
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "minigpt", "chat", "--model", str(tmp_path / "run" / "model"),
+                           "--temperature", "0", "Is 7 a number?"], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("Yes,") and done.stdout.strip().endswith("is a number.")
+
+
+def test_pairs_and_resume(base, tmp_path):
+    steps = ["--set", "batch_size=4", "--set", "lr=0.001"]
+    said = run(base, "--pairs", "preferences", "--limit", 12, "--out", tmp_path / "run", "--quiet", *steps,
+               "--set", "max_steps=3")
+    assert "prefers" in said and (tmp_path / "run" / "model").is_dir()
+    again = run(base, "--pairs", "preferences", "--out", tmp_path / "run", "--quiet", code=2)
+    assert "holds a tuned model already" in again
+    changed = run(base, "--pairs", "preferences", "--limit", 12, "--out", tmp_path / "run", "--quiet", *steps,
+                  "--set", "max_steps=5", "--resume", code=2)
+    assert "max_steps: 3 then, 5 now" in changed
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "either --data"), (["--data", "chats", "--pairs", "preferences"], "either --data"),
+    (["--data", "no-such-file.jsonl"], "no such file"), (["--data", "chats"], "tokens, the model reads 192"),
+    (["--data", "chats", "--too-long", "maybe"], "too_long='maybe'"), (["--data", "chats", "--set", "lr"], "name=value"),
+    (["--data", "chats", "--too-long", "drop", "--set", "speed=3"], "speed")])
+def test_bad_input(base, tmp_path, arguments, words):
+    assert words in run(base, "--out", tmp_path / "run", *arguments, code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_gpt2s_tokenizer_needs_the_flag(tmp_path):
+    tokenizer = BPETokenizer.from_pretrained("gpt2")
+    GPT2(GPT2Config(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "gpt2", tokenizer)
+    data = written(tmp_path / "data", "alpaca.json")
+    said = run(tmp_path / "gpt2", "--data", data, "--out", tmp_path / "run", *FAST, code=2)
+    assert "<|im_start|>" in said and "add_chat_tokens" in said
+    run(tmp_path / "gpt2", "--data", data, "--out", tmp_path / "run", *FAST, "--add-chat-tokens")
+    assert GPT2.from_pretrained(tmp_path / "run" / "model").config.vocab_size == 50259
+
+
+def test_errors_are_one_line_with_code_2(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "minigpt", "finetune", str(tmp_path / "nothing"), "--data", "chats"],
+                          capture_output=True, text=True, env=env, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("minigpt: unknown model") and done.stderr.count("\n") == 1
