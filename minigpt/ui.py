@@ -41,8 +41,8 @@ def bubble(role: str, text: str, note: str = "") -> str:
     """One message as HTML; the text is escaped. note: a word behind it."""
     note = f" <i style='opacity:.7'>{escape(note)}</i>" if note else ""
     who = {"user": "You", "assistant": "minigpt"}.get(role, role)
-    return (f"<div style='{BOX}{SIDES[role]}'><b style='opacity:.7'>"
-            f"{who}</b><br>{escape(text)}{note}</div>")
+    return (f"<div class='said-{role}' style='{BOX}{SIDES[role]}'>"
+            f"<b style='opacity:.75'>{who}</b><br>{escape(text)}{note}</div>")
 
 # %% ../nbs/10_chat_ui.ipynb #chat-html
 def chat_html(messages: Iterable[dict], empty: str = "") -> str:
@@ -102,8 +102,9 @@ def bars_html(session: ChatSession, place: int = 0, k: int = 8) -> str:
                  f"{bar.format(p, .35)}{bar.format(chance, 1)}</td>"
                  f"<td>{p:.0%}, drawn {chance:.0%}</td></tr>")
     before = escape(decode(said[:place]))
-    return (f"<p style='white-space:pre-wrap'>{before}<b>&#9646;</b></p>"
-            f"<table style='width:100%'>{rows}</table>")
+    return (f"<div class='token-bars'><p style='white-space:pre-wrap'>"
+            f"{before}<b>&#9646;</b></p><table style='width:100%'>{rows}"
+            "</table></div>")
 
 # %% ../nbs/10_chat_ui.ipynb #paced
 def paced(pieces: Iterable[str], every: float = 0.05) -> Iterator[str]:
@@ -206,7 +207,8 @@ class ChatPage(widgets.VBox):
 
     def say(self, text: str) -> None:
         """Show what has come of the answer."""
-        self.live.value = bubble("assistant", text)
+        self.live.value = (f"<div class='growing'>"
+                           f"{bubble('assistant', text)}</div>")
 
     def refresh(self, note: str = "") -> None:
         """Show the conversation as the session has it."""
@@ -376,9 +378,12 @@ class Visitors:
 
     def __init__(self, first: ChatSession, limit: int = 32,
                  patience: float = 600):
+        if limit < 1:
+            raise ValueError(f"visitors={limit}: let at least 1 person talk")
         self.first, self.limit, self.patience = first, limit, patience
         self._here: dict[str, tuple[ChatSession, Path]] = {}
         self._heard: dict[str, float] = {}                 # oldest first
+        self._files = tempfile.TemporaryDirectory(prefix="minigpt-")
         self._lock = threading.Lock()
 
     def session(self, name: str | None) -> ChatSession:
@@ -395,8 +400,8 @@ class Visitors:
         with self._lock:
             if name not in self._here:
                 self._make_room()
-                self._here[name] = (self.first.sibling(), Path(
-                    tempfile.mkdtemp(prefix="minigpt-")))
+                folder = Path(self._files.name) / secrets.token_hex(8)
+                self._here[name] = self.first.sibling(), folder
             self._heard.pop(name, None)
             self._heard[name] = time.monotonic()
             return self._here[name]
@@ -728,6 +733,9 @@ def gradio_app(session: ChatSession | None = None, *,
     Returns Gradio's Blocks; start it with `.launch(**page_style())`.
     """
     import gradio as gr
+    if not Path(votes).resolve().parent.is_dir():
+        raise FileNotFoundError(f"votes={str(votes)!r}: there is no such "
+                                "folder, create it first")
     first = session or ChatSession()
     folders = [first.adapter, *adapters] if first.adapter else adapters
     given = {f"{Path(f).name}{f' ({n})' * (n > 1)}": f

@@ -1,0 +1,416 @@
+"""The Gradio page (`minigpt ui`) in Chromium: chat, stop, again, files, sources, votes, two people, no request abroad."""
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt import ui
+from minigpt.bpe import BPETokenizer
+from minigpt.chat import ChatSession
+from minigpt.evaluation import Votes
+from minigpt.gpt2 import GPT2, GPT2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# A connection of the server's process to anywhere but this machine is refused, and noted.
+GUARD = """
+import ipaddress, os, socket
+def guard(event, args, log=os.environ.get("MINIGPT_TEST_LOG")):
+    if event == "socket.connect" and isinstance(args[1], tuple):
+        host = args[1][0]
+    elif event == "socket.getaddrinfo":
+        host = args[0].decode() if isinstance(args[0], bytes) else args[0]
+    else:
+        return
+    if host not in (None, "", "localhost", "0.0.0.0", "::1") and not str(host).startswith("127."):
+        with open(log, "a") as file:
+            file.write(f"{event} {args[1] if event == 'socket.connect' else host}\\n")
+        raise OSError("refused by the test")
+import sys
+sys.addaudithook(guard)
+"""
+HARBOR = ("# Harbor\n\nThe lighthouse was built by Ines Marlow in 1871.\n\n"
+          "## Ferry\n\nThe ferry to the island leaves every morning at seven.\n")
+seen: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """An adapter that makes the shipped model say something else."""
+    from minigpt.lora import LoraConfig, apply_lora, save_adapter
+    model = GPT2.from_pretrained()
+    apply_lora(model, LoraConfig(r=2, lora_alpha=4))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("adapters") / "noise"
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, adapter):
+    """`minigpt ui` as a process: its address and its folder. Ends with Ctrl-C."""
+    pytest.importorskip("gradio")
+    home = tmp_path_factory.mktemp("ui")
+    (home / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), str(ROOT)]), "MINIGPT_TEST_LOG": str(home / "abroad"),
+                        "GRADIO_TEMP_DIR": str(home / "gradio"), "TMPDIR": str(home), "GRADIO_HEARTBEAT_INTERVAL": "0.5"}
+    env.pop("GRADIO_ANALYTICS_ENABLED", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minigpt", "ui", "--port", "0", "--no-browser", "--adapter", str(adapter), "--votes",
+         str(home / "votes.jsonl")], env=env, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        line, lines = "", []
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+/", line)):
+            line = process.stdout.readline()
+            lines.append(line)
+            assert line, f"the server ended: {lines}"
+        yield found[0], home
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=30)
+        assert "Traceback" not in rest, rest
+        assert process.returncode == 130
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if BROWSER is None:
+        pytest.skip("no Chromium on this machine")
+    with api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+class Person:
+    """Somebody with a browser of their own."""
+
+    def __init__(self, browser, url: str, **more):
+        self.context = browser.new_context(viewport={"width": 1200, "height": 1000}, **more)
+        self.page = self.context.new_page()
+        self.page.route("**/*", self.route)
+        self.page.on("websocket", lambda ws: seen.append(ws.url))
+        self.page.goto(url)
+        self.box = self.page.get_by_placeholder("Say something")
+        self.box.wait_for(timeout=60_000)
+
+    @staticmethod
+    def route(route) -> None:
+        seen.append(route.request.url)
+        route.continue_() if route.request.url.startswith("http://127.0.0.1:") else route.abort()
+
+    def say(self, text: str) -> None:
+        self.box.fill(text)
+        self.box.press("Enter")
+
+    def texts(self, who: str) -> list[str]:
+        return [text.strip() for text in self.page.get_by_test_id(who).all_inner_texts()]
+
+    def hear(self, count: int) -> str:
+        """The last of `count` answers when it has stood still for a while."""
+        end, before = time.monotonic() + 60, None
+        while time.monotonic() < end:
+            now = self.texts("bot")
+            if len(now) == count and now == before and now[-1] not in ("", "..."):
+                return now[-1]
+            before = now
+            time.sleep(0.7)
+        raise AssertionError(f"no end: {before}")
+
+    def press(self, name: str) -> None:
+        self.page.get_by_role("button", name=name, exact=True).click()
+
+    def set(self, label: str, value: str) -> None:
+        field = self.page.get_by_label(f"number input for {label}")
+        field.fill(value)
+        field.press("Tab")
+
+    def shot(self, name: str) -> None:
+        if folder := os.environ.get("MINIGPT_SCREENSHOTS"):
+            self.page.screenshot(path=str(Path(folder) / f"gradio-{name}.png"))
+
+
+@pytest.fixture(scope="module")
+def ada(server, browser):
+    person = Person(browser, server[0])
+    person.set("temperature", "0")
+    yield person
+    person.context.close()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What the page should answer: a session here, greedy."""
+    return ChatSession(temperature=0)
+
+
+def test_send_and_stream(ada, alone):
+    """The answer grows in steps and ends as a session's; the box is empty again, and the next message may be typed."""
+    ada.page.evaluate("""() => { window.grown = new Set()
+        new MutationObserver(() => window.grown.add(document.querySelector('[data-testid=bot]')?.innerText))
+            .observe(document.body, {childList: true, subtree: true, characterData: true}) }""")
+    ada.say("Tell me a short story about a fox and a kite.")
+    ada.page.get_by_test_id("bot").filter(has_text="Once").wait_for()
+    assert ada.box.input_value() == ""
+    ada.box.fill("typed meanwhile")
+    assert ada.hear(1) == alone.reply("Tell me a short story about a fox and a kite.")
+    grown = sorted(filter(None, ada.page.evaluate("[...window.grown]")), key=len)
+    assert len(grown) > 5 and all(grown[-1].startswith(part) for part in grown if not part.startswith("..."))
+    assert ada.box.input_value() == "typed meanwhile"
+
+
+def test_it_remembers(ada, alone):
+    for count, text in ((2, "My name is Ada."), (3, "What is my name?")):
+        ada.say(text)
+        assert ada.hear(count) == alone.reply(text)
+    assert "Ada" in ada.texts("bot")[-1]
+
+
+def test_texts_are_shown_as_they_are(ada):
+    """Markdown and HTML in a message: no picture is asked for, no tag is made."""
+    evil = "![x](http://example.com/a.png) <img src=http://example.com/b.png> <b>bold</b> **star**"
+    ada.say(evil)
+    ada.hear(4)
+    assert ada.texts("user")[-1] == evil
+    assert ada.page.get_by_test_id("user").last.locator("img, b, strong").count() == 0
+
+
+def test_stop_and_again(ada):
+    ada.set("length", "512")
+    ada.say("Tell me a long story about a lighthouse.")
+    ada.page.wait_for_function("() => [...document.querySelectorAll('[data-testid=bot]')].at(-1).innerText.length > 30")
+    ada.press("Stop")
+    first = ada.hear(5)
+    ada.page.get_by_text("Stopped.").wait_for()
+    ada.press("Again")
+    ada.page.get_by_text("Stopped.").wait_for(state="detached")
+    again = ada.hear(5)
+    assert again.startswith(first) and len(again) > len(first) and len(ada.texts("user")) == 5   # greedy: it goes on
+
+
+def test_a_second_person_is_apart(ada, server, browser):
+    """Another browser sees an empty page, and its model knows no name; both stream at once."""
+    bob = Person(browser, server[0], color_scheme="dark")
+    bob.set("temperature", "0")
+    assert bob.texts("bot") == []
+    mine = ada.texts("bot")
+    ada.say("What is a violin?")
+    bob.say("What is my name?")
+    assert bob.hear(1) == ChatSession(temperature=0).reply("What is my name?") and "Ada" not in bob.texts("bot")[0]
+    assert ada.hear(6) and ada.texts("bot")[:5] == mine
+    bob.shot("dark")
+    bob.context.close()
+
+
+def test_documents_are_asked_and_cited(ada, tmp_path):
+    (tmp_path / "harbor.md").write_text(HARBOR, encoding="utf-8")
+    ada.press("Clear")
+    ada.page.wait_for_function("() => !document.querySelector('[data-testid=bot]')")
+    with ada.page.expect_file_chooser() as chooser:
+        ada.press("Upload documents")
+    chooser.value.set_files([str(tmp_path / "harbor.md")])
+    ada.page.wait_for_function("() => [...document.querySelectorAll('input')].some(e => e.value == 'my upload')")
+    ada.say("When does the ferry to the island leave?")
+    own = ChatSession(temperature=0, documents=tmp_path)
+    assert ada.hear(1) == own.reply("When does the ferry to the island leave?")
+    assert own.hits and own.citations
+    sources = ada.page.locator("details")
+    sources.first.wait_for()
+    assert sources.count() == len(own.hits) and "harbor.md" in sources.first.inner_text()
+    assert ada.page.locator("mark").all_inner_texts() == [own.citations[0].text]
+    assert ada.texts("user") == ["When does the ferry to the island leave?"]      # not the text that the model read
+    ada.shot("documents")
+
+
+def test_a_file_that_cannot_be_read_is_told(ada, tmp_path):
+    (tmp_path / "broken.txt").write_bytes(b"caf\xe9 " * 50)
+    with ada.page.expect_file_chooser() as chooser:
+        ada.press("Upload documents")
+    chooser.value.set_files([str(tmp_path / "broken.txt")])
+    ada.page.get_by_test_id("toast-body").get_by_text(re.compile("broken.txt|UTF-8")).first.wait_for()
+    ada.page.get_by_test_id("toast-close").first.click()
+
+
+def test_adapters_are_chosen_and_uploaded(ada, adapter):
+    """The same question: plain, with the owner's adapter, plain again, with an uploaded one."""
+    question = "What is a violin?"
+    plain, noisy = (ChatSession(temperature=0, max_new_tokens=24, adapter=a).reply(question) for a in (None, adapter))
+    assert plain != noisy
+    ada.set("length", "24")
+    choice = ada.page.get_by_label("Documents")
+    choice.click()
+    ada.page.get_by_role("option", name="none").click()
+    for option, expected in (("noise", noisy), ("none", plain)):
+        ada.press("Clear")
+        ada.page.wait_for_function("() => !document.querySelector('[data-testid=bot]')")
+        ada.page.get_by_label("Adapter").click()
+        ada.page.get_by_role("option", name=option).click()
+        ada.page.wait_for_timeout(500)
+        ada.say(question)
+        assert ada.hear(1) == " ".join(expected.split(" "))
+    ada.press("Clear")
+    with ada.page.expect_file_chooser() as chooser:
+        ada.press("Upload adapter")
+    chooser.value.set_files([str(path) for path in adapter.iterdir() if path.is_file()])
+    ada.page.wait_for_function("() => [...document.querySelectorAll('input')].some(e => e.value == 'my upload')")
+    ada.say(question)
+    assert ada.hear(1) == noisy
+
+
+def test_compare_and_vote(ada, server):
+    """Two answers, blind; a click on one writes a vote for the system that gave it."""
+    page, file = ada.page, server[1] / "votes.jsonl"
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_label("Your name").fill("ada")
+    page.get_by_label("Prompt", exact=True).fill("What is a whale?")
+    ada.press("Ask both")
+    page.wait_for_function("() => !document.querySelector('button:disabled')", timeout=60_000)
+    left, right = (page.get_by_label(side, exact=True).input_value() for side in ("Left", "Right"))
+    greedy = ChatSession(temperature=0).reply("What is a whale?")
+    assert greedy in (left, right)
+    assert "plain model, greedy" not in page.locator(".prose").all_inner_texts()
+    ada.press("Left is better" if left == greedy else "Right is better")
+    page.get_by_text(re.compile("^Left: .*Right: ")).wait_for()
+    ada.shot("compare")
+    vote, = Votes(file).rows
+    assert vote.rater == "ada" and vote.winner == "plain model, greedy" and vote.item.startswith("What is a whale?")
+
+
+def test_card_and_bad_input(ada):
+    ada.page.get_by_role("tab", name="Model card").click()
+    ada.page.get_by_text("35,981,824").wait_for()
+    ada.shot("card")
+    ada.page.get_by_role("tab", name="Chat").click()
+    before = ada.texts("user")
+    ada.say("word " * 790)
+    ada.page.get_by_test_id("toast-body").get_by_text("Shorten it").first.wait_for()
+    assert ada.texts("user") == before and ada.box.input_value().startswith("word")
+
+
+def test_who_leaves_is_forgotten(ada, server, browser):
+    """Uploaded files lie in a folder of the visitor; it is gone soon after the page was closed."""
+    home = server[1]
+    eve = Person(browser, server[0])
+    eve.say("Hello")
+    eve.hear(1)
+    with eve.page.expect_file_chooser() as chooser:
+        eve.press("Upload documents")
+    chooser.value.set_files({"name": "secret.txt", "mimeType": "text/plain", "buffer": b"The code word is tulip."})
+    eve.page.wait_for_function("() => [...document.querySelectorAll('input')].some(e => e.value == 'my upload')")
+    assert list(home.glob("minigpt-*/*/documents/secret.txt"))
+    eve.context.close()
+    end = time.monotonic() + 20
+    while list(home.glob("minigpt-*/*/documents/secret.txt")) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not list(home.glob("minigpt-*/*/documents/secret.txt"))
+
+
+def test_no_request_left_the_machine(server):
+    """Neither the pages (fonts, scripts, pictures) nor the server's process asked anyone else."""
+    hosts = {url.split("/")[2].split(":")[0] for url in seen if url.startswith(("http", "ws"))}
+    assert hosts == {"127.0.0.1"} and len(seen) > 50
+    fonts = [url for url in seen if re.search(r"\.(woff2?|ttf)", url)]
+    assert all(url.startswith("http://127.0.0.1:") for url in fonts)
+    abroad = server[1] / "abroad"
+    assert not abroad.exists(), abroad.read_text(encoding="utf-8")
+
+
+def test_functions_are_not_public(server):
+    """Gradio's public interface names none of the page's functions."""
+    with urllib.request.urlopen(f"{server[0]}gradio_api/info") as answer:
+        info = json.load(answer)
+    assert info["named_endpoints"] == {} and info["unnamed_endpoints"] == {}
+
+
+# ------------------------------------------------------------------ without a browser
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    config = GPT2Config.preset("nano", vocab_size=20000, block_size=128, n_layer=2, n_head=2, n_embd=32)
+    return GPT2(config).eval(), BPETokenizer.from_pretrained()
+
+
+def test_visitors_are_apart_and_leave(small):
+    first = ChatSession(*small, seed=1, max_new_tokens=8, system="Be kind.")
+    here = ui.Visitors(first, limit=3, patience=1000)
+
+    def talk(name):
+        for n in range(4):
+            here.session(name).reply(f"Secret of {name} {n}")
+    threads = [threading.Thread(target=talk, args=[name]) for name in "abc"]
+    for action in (threading.Thread.start, threading.Thread.join):
+        list(map(action, threads))
+    for name in "abc":
+        said = [m["content"] for m in here.session(name).messages if m["role"] == "user"]
+        assert said == [f"Secret of {name} {n}" for n in range(4)]
+        seen = small[1].decode(here.session(name).prompt("x"))
+        assert not any(f"Secret of {other}" in seen for other in "abc" if other != name)
+    assert first.messages == [{"role": "system", "content": "Be kind."}]
+    with pytest.raises(ValueError, match="3 people"):
+        here.session("d")
+    folder = here.folder("a")
+    folder.mkdir()
+    (folder / "x").write_text("mine", encoding="utf-8")
+    here.leave("a")
+    assert not folder.exists() and here.session("d").exchanges == [] and len(here) == 3
+    here.session("b"), here.session("d")
+    here.patience = 0
+    here.session("e")                                  # c was silent longest
+    assert sorted(here._here) == ["b", "d", "e"]
+    for bad in (None, ""):
+        with pytest.raises(ValueError, match="needs a name"):
+            here.session(bad)
+
+
+def test_who_leaves_while_an_answer_comes(small):
+    here = ui.Visitors(ChatSession(*small, seed=1, max_new_tokens=90))
+    session = here.session("a")
+    stream = session.stream("Hello")
+    next(stream)
+    here.leave("a")
+    list(stream)
+    assert session.finish_reason == "cancelled" and len(here) == 0
+
+
+def test_uploaded_names_stay_in_their_folder(tmp_path):
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "a.md").write_text("x", encoding="utf-8")
+    folder = ui.keep_files([tmp_path / "up" / ".." / "up" / "a.md"], tmp_path / "own")
+    assert [p.relative_to(tmp_path).as_posix() for p in folder.rglob("*")] == ["own/a.md"]
+    ui.keep_files([], folder)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad, match", [(dict(votes="nowhere/votes.jsonl"), "no such folder"),
+                                        (dict(visitors=0), "visitors=0")])
+def test_bad_arguments_of_the_page(small, bad, match):
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        ui.gradio_app(ChatSession(*small), **bad)
+
+
+def test_duels_are_fair(small):
+    """Both systems read the same prompt with their own settings; the visitor's session is left alone."""
+    session = ChatSession(*small, seed=1, max_new_tokens=8)
+    session.reply("Before")
+    match = ui.duel(session, {"a": {"temperature": 0}, "b": {"temperature": 1.5, "top_k": 3}}, ["a", "b"], "Hello")
+    for name, settings in (("a", dict(temperature=0)), ("b", dict(temperature=1.5, top_k=3))):
+        assert match.answers[name] == ChatSession(*small, seed=1, max_new_tokens=8, **settings).reply("Hello")
+    assert len(session.exchanges) == 1 and session.temperature == 0.7
+    with pytest.raises(ValueError, match="against itself"):
+        ui.duel(session, {"a": {}}, ["a", "a"], "Hello")
