@@ -422,6 +422,8 @@ def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         metadata, tensors = header.pop("__metadata__", {}), {}
         for name, entry in header.items():
             part = slice(*entry["data_offsets"])
+            if not 0 <= part.start <= part.stop <= len(whole):
+                raise ValueError("it is cut off")
             tensors[name] = whole[part].view(KINDS[entry["dtype"]]).reshape(
                 entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
