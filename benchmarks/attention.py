@@ -16,6 +16,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+import _common as c
 from minigpt.attention import CausalSelfAttention, attention
 
 
@@ -33,8 +34,8 @@ def kept_bytes(function) -> int:
     return sum(found.values())
 
 
-def take_turns(candidates: dict, rounds: int) -> dict[str, float]:
-    """Median CPU milliseconds of forward and backward, the candidates in turn in every round."""
+def take_turns(candidates: dict, rounds: int) -> dict[str, dict]:
+    """CPU milliseconds of forward and backward (median, min, max), the candidates in turn in every round."""
     times = {name: [] for name in candidates}
     for r in range(rounds + 1):
         for name, function in candidates.items():
@@ -42,10 +43,16 @@ def take_turns(candidates: dict, rounds: int) -> dict[str, float]:
             function().float().sum().backward()
             if r:  # the first round warms up
                 times[name].append(time.process_time() - start)
-    return {name: 1000 * statistics.median(ts) for name, ts in times.items()}
+    return {name: {"ms": 1000 * statistics.median(ts), "min": 1000 * min(ts), "max": 1000 * max(ts)}
+            for name, ts in times.items()}
 
 
-def by_length(lengths: list[int], rounds: int) -> None:
+def rows_of(case: str, found: dict[str, dict]) -> list[dict]:
+    return [{"case": case, "engine": name, **ms} for name, ms in found.items()]
+
+
+def by_length(lengths: list[int], rounds: int) -> list[dict]:
+    rows = []
     print(f"{'T':>6} {'plain ms':>10} {'SDPA ms':>10} {'plain MiB':>10} {'SDPA MiB':>10}")
     for T in lengths:
         q, k, v = torch.randn(3, 1, 8, T, 64).requires_grad_().unbind()
@@ -53,10 +60,13 @@ def by_length(lengths: list[int], rounds: int) -> None:
                       "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
         ms = take_turns(candidates, rounds)
         kept = {name: kept_bytes(f) / 2**20 for name, f in candidates.items()}
-        print(f"{T:6} {ms['plain']:10.2f} {ms['SDPA']:10.2f} {kept['plain']:10.1f} {kept['SDPA']:10.1f}")
+        rows += rows_of(f"{T} tokens", ms)
+        print(f"{T:6} {ms['plain']['ms']:10.2f} {ms['SDPA']['ms']:10.2f} {kept['plain']:10.1f} {kept['SDPA']:10.1f}")
+    return rows
 
 
-def against_nanogpt(folder: str, rounds: int) -> None:
+def against_nanogpt(folder: str, rounds: int) -> list[dict]:
+    rows = []
     sys.path.insert(0, folder)
     import model as nanogpt
     print(f"\n{'layer':>24} {'dtype':>6} {'ours ms':>9} {'tapped ms':>10} {'nanoGPT ms':>11} {'nanoGPT/ours':>13}")
@@ -69,10 +79,13 @@ def against_nanogpt(folder: str, rounds: int) -> None:
             def run(layer):
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     return layer(x)
-            ms = take_turns({"ours": lambda: run(ours), "tapped": lambda: run(tapped), "nano": lambda: run(theirs)},
-                            rounds)
-            print(f"{f'{B}x{T}x{C}, {H} heads':>24} {'bf16' if bf16 else 'fp32':>6} {ms['ours']:9.2f} "
-                  f"{ms['tapped']:10.2f} {ms['nano']:11.2f} {ms['nano'] / ms['ours']:13.3f}")
+            ms = take_turns({"minigpt": lambda: run(ours), "minigpt, tapped": lambda: run(tapped),
+                             "nanoGPT": lambda: run(theirs)}, rounds)
+            rows += rows_of(f"layer {B}x{T}x{C}, {H} heads, {'bf16' if bf16 else 'fp32'}", ms)
+            mine, tap, nano = (one["ms"] for one in ms.values())
+            print(f"{f'{B}x{T}x{C}, {H} heads':>24} {'bf16' if bf16 else 'fp32':>6} {mine:9.2f} "
+                  f"{tap:10.2f} {nano:11.2f} {nano / mine:13.3f}")
+    return rows
 
 
 def main() -> None:
@@ -84,9 +97,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    by_length(args.lengths, args.rounds)
+    rows = by_length(args.lengths, args.rounds)
     if args.nanogpt:
-        against_nanogpt(args.nanogpt, 3 * args.rounds)
+        rows += against_nanogpt(args.nanogpt, 3 * args.rounds)
+    c.report("attention", rows, ["case", "engine", "ms", "min", "max"])
 
 
 if __name__ == "__main__":

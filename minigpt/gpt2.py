@@ -487,9 +487,8 @@ def estimate_memory(config: GPT2Config, batch: int, block: int | None,
     size = pick_dtype("cpu", dtype).itemsize
     C, V, N = config.n_embd, config.vocab_size, batch * T
     count = sum(count_parts(config).values())
-    rows = 10 if size == 4 else 5                # in the widest block
     if not training:
-        acts = N * (rows * C + V) * size
+        acts = N * (10 * C + V) * size  # ten rows: inside the MLP
         return Memory(count * size, 0, 0, acts,
                       count * size + acts + 6 * 2**20)
     copies = count * size if size < 4 else 0     # of the weights, by autocast

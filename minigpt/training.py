@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALLOWED', 'POSITIVE', 'PEAK_TFLOPS', 'COLUMNS', 'MAY_CHANGE', 'MACHINES', 'RECIPE', 'TrainConfig', 'check_training',
-           'learning_rate', 'make_optimizer', 'summed_loss', 'pick_precision', 'Ranks', 'join_ranks', 'distribute',
-           'sync_gradients', 'seed_step', 'Stepper', 'is_out_of_memory', 'out_of_memory', 'TokenArray', 'Phase',
-           'Batches', 'window_sums', 'held_out_loss', 'flops_per_token', 'peak_flops', 'whole', 'model_tensors',
-           'optimizer_tensors', 'load_tensors', 'file_check', 'write_folder', 'Checkpoints', 'Stopper', 'CSVLog',
-           'Meter', 'Run', 'run_settings', 'save_run', 'resume_run', 'evaluate_run', 'check_tokens', 'check_run',
-           'available_memory', 'largest_batch', 'check_memory', 'TrainResult', 'progress_bar', 'report_row',
-           'read_meter', 'run_loop', 'train', 'loss_figure', 'in_notebook', 'LivePlot', 'reference_curve',
+           'learning_rate', 'make_optimizer', 'RowsLoss', 'summed_loss', 'pick_precision', 'Ranks', 'join_ranks',
+           'distribute', 'sync_gradients', 'seed_step', 'Stepper', 'is_out_of_memory', 'out_of_memory', 'TokenArray',
+           'Phase', 'Batches', 'window_sums', 'held_out_loss', 'flops_per_token', 'peak_flops', 'whole',
+           'model_tensors', 'optimizer_tensors', 'load_tensors', 'file_check', 'write_folder', 'Checkpoints', 'Stopper',
+           'CSVLog', 'Meter', 'Run', 'run_settings', 'save_run', 'resume_run', 'evaluate_run', 'check_tokens',
+           'check_run', 'available_memory', 'largest_batch', 'check_memory', 'TrainResult', 'progress_bar',
+           'report_row', 'read_meter', 'run_loop', 'train', 'loss_figure', 'in_notebook', 'LivePlot', 'reference_curve',
            'against_reference', 'Samples', 'TensorBoardLog', 'Machine', 'machine_here', 'meta_model', 'measure_speed',
            'short_batch', 'Plan', 'plan', 'StreamSampler', 'find_recipe', 'toml_reader', 'check_names', 'load_recipe',
            'find_data', 'recipe_rows', 'recipe_tokens', 'new_model', 'recipe_tokenizer', 'recipe_stream',
@@ -157,6 +157,41 @@ def make_optimizer(model: nn.Module, config: TrainConfig
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas,
                              fused=fused)
 
+# %% ../nbs/04_training.ipynb #rows-loss
+class RowsLoss(torch.autograd.Function):
+    """Cross-entropy summed, a few rows of the logits at a time, for a CPU.
+
+    apply(logits (N, V), targets (N,)) gives a scalar; a target of -100 does
+    not count. Its gradient is made on the way forward and used up on the
+    way back, which can be gone once.
+    """
+    PIECE = 2**18  # logits at a time
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        size = max(1, RowsLoss.PIECE // logits.shape[1])
+        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=dtype)
+        for i in range(0, len(logits), size):
+            right = targets[i:i + size, None]              # (rows, 1)
+            counts = right != -100
+            right = right.where(counts, 0)
+            logp = logits[i:i + size].log_softmax(-1, dtype=dtype)
+            total -= (logp.gather(1, right) * counts).sum()
+            if grad is not None:
+                minus = torch.full_like(right, -1, dtype=dtype)
+                p = logp.exp_().scatter_add_(1, right, minus)
+                grad[i:i + size] = p.mul_(counts)          # (rows, V)
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale: Tensor) -> tuple[Tensor, None]:
+        grad, = ctx.saved_tensors
+        return grad.mul_(scale), None
+
 # %% ../nbs/04_training.ipynb #summed-loss
 def summed_loss(model: nn.Module, ids: Tensor, targets: Tensor,
                 dtype: torch.dtype = torch.float32) -> Tensor:
@@ -167,9 +202,11 @@ def summed_loss(model: nn.Module, ids: Tensor, targets: Tensor,
     """
     device = ids.device.type
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-        logits = model(ids)                                 # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
-                               ignore_index=-100, reduction="sum")
+        logits = model(ids).flatten(0, 1)                   # (B * T, V)
+        if device == "cpu" and not torch.compiler.is_compiling():
+            return RowsLoss.apply(logits, targets.flatten())
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100,
+                               reduction="sum")
 
 # %% ../nbs/04_training.ipynb #pick-precision
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

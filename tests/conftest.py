@@ -41,8 +41,7 @@ def distributions(tmp_path_factory):
     copy, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("dist")
     for name in ("setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, copy)
-    for name in ("minigpt", "recipes"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "minigpt", copy / "minigpt", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy], check=True,
                    stdout=subprocess.DEVNULL)
     [sdist], [wheel] = out.glob("*.tar.gz"), out.glob("*.whl")

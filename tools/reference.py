@@ -108,10 +108,13 @@ def read_module(path: Path) -> Module:
             names.append(function(node))
         elif isinstance(node, ast.ClassDef) and node.name in exported:
             names.append(klass(node))
-        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in exported:
-            shown = ast.unparse(node.value)
-            shown = shown if len(shown) <= 60 else "..."
-            names.append(Name(node.targets[0].id, f"{node.targets[0].id} = {shown}", ""))
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            target, shown = node.targets[0] if isinstance(node, ast.Assign) else node.target, ast.unparse(node.value)
+            several = isinstance(target, ast.Tuple)
+            for one in target.elts if several else [target]:
+                if getattr(one, "id", "") in exported:
+                    value = "..." if several or len(shown) > 60 else shown
+                    names.append(Name(one.id, f"{one.id} = {value}", ""))
     notebook = re.search(r"File to edit: \.\./nbs/(\S+\.ipynb)", text)
     return Module(path.stem, ast.get_docstring(tree) or "", notebook[1] if notebook else "", names)
 
@@ -145,9 +148,9 @@ def doc_markdown(doc: str) -> str:
         for line in paragraph.splitlines():
             text = line.strip()
             argument = ARGUMENT.match(text)
-            if not line.startswith(" ") and argument:
+            if argument and not line.startswith(" "):
                 rest = escaped(text[argument.end():])
-                names = re.sub(r"[A-Za-z_][\w.]*(?<!and)", lambda m: f"`{m[0]}`", argument[1])
+                names = re.sub(r"\b(?!and\b)[A-Za-z_][\w.]*", lambda m: f"`{m[0]}`", argument[1])
                 blocks.append(["-", f"{names}{escaped(argument[2])}: {rest}"])
             elif fresh or OWN_PARAGRAPH.match(text) and not line.startswith(" "):
                 blocks.append(["p", escaped(text)])
@@ -175,7 +178,7 @@ def module_page(module: Module, home: dict[str, str], titles: dict[str, str]) ->
     """The page of a module. home: class -> module, for the links to base classes."""
     title = titles.get(module.notebook, module.notebook)
     parts = [f'---\ntitle: "minigpt.{module.name}"\n---',
-             f"{escaped(module.doc)}{'.' * bool(module.doc)} Built, step by step, in "
+             f"{escaped(module.doc.rstrip('.'))}{'.' * bool(module.doc)} Built, step by step, in "
              f"[{title}](../{module.notebook})." if module.notebook else escaped(module.doc)]
     for name in module.names:
         parts += entry(name, 2)

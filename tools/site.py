@@ -164,7 +164,7 @@ def finish(folder: Path) -> None:
         path.write_text(as_mathml(path.read_text(encoding="utf-8")), encoding="utf-8")
     for path in folder.rglob("*.css"):
         text = path.read_text(encoding="utf-8")
-        path.write_text(re.sub(r"@import\s*(?:url\()?[\"']?https?:[^;]*;", "", text), encoding="utf-8")
+        path.write_text(re.sub(r"@import\s*(?:url\(\s*[\"']?https?:[^)]*\)|[\"']https?:[^\"']*[\"'])[^;]*;", "", text), encoding="utf-8")
 
 
 class Links(HTMLParser):

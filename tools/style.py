@@ -104,9 +104,13 @@ def counts(nb: dict) -> Counts:
             misses += [f"{cell['id']}: no output within two cells"] * (not has_output)
     pictures = sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))
     open_cells = [len(lines) for _, c, lines in code if not exported(c)]
-    return Counts(round(words / sum(lengths), 2), statistics.median(lengths), max(open_cells), wide,
-                  round(statistics.mean(proved), 3), round(statistics.mean(shown), 3), pictures,
+    return Counts(round(words / max(1, sum(lengths)), 2), statistics.median(lengths or [0]), max(open_cells, default=0), wide,
+                  mean(proved), mean(shown), pictures,
                   len(tool.exercises(nb)), recap_points(cells), misses)
+
+
+def mean(flags: list[bool]) -> float:
+    return round(sum(flags) / len(flags), 3) if flags else 1.0
 
 
 def outside(found: Counts) -> list[str]:
