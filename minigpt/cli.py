@@ -588,7 +588,8 @@ def export(
 def ui(
     host: str = typer.Option("127.0.0.1", help="Address to listen on; "
                              "0.0.0.0 lets other machines in."),
-    port: int = typer.Option(7860, help="Port to listen on; 0: any."),
+    port: int = typer.Option(7860, min=0, max=65535,
+                             help="Port to listen on; 0: any."),
     browser: bool = typer.Option(True, "--browser/--no-browser",
                                  help="Open the page."),
     model: str = typer.Option(None, help="Folder, or name on the hub; "
@@ -601,7 +602,7 @@ def ui(
                                "for votes; made with the first one."),
     uploads: bool = typer.Option(True, "--uploads/--no-uploads",
                                  help="Let visitors bring files."),
-    visitors: int = typer.Option(32, help="How many may talk."),
+    visitors: int = typer.Option(32, min=1, help="How many may talk."),
 ) -> None:
     """Chat in the browser.
 
@@ -614,7 +615,8 @@ def ui(
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from minigpt.chat import ChatSession, adapter_key
-    from minigpt.ui import gradio_app, model_card, page_style
+    from minigpt.ui import check_folder, gradio_app, model_card, page_style
+    check_folder(votes)
     for folder in adapter:
         adapter_key(folder)                                # exists?
     session = ChatSession(model, documents=documents)
@@ -638,8 +640,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 # %% ../nbs/10_chat_ui.ipynb #register
-from . import cli_eval, cli_finetune, cli_generate
+from . import cli_eval, cli_finetune, cli_generate, cli_rag, cli_serve
 
-cli_generate.register(app)
 cli_eval.register(app)
 cli_finetune.register(app)
+cli_generate.register(app)
+cli_rag.register(app)
+cli_serve.register(app)
