@@ -191,9 +191,7 @@ class ChatPage(widgets.VBox):
             "height": height, "overflow": "auto", "border": "1px solid gray",
             "display": "flex", "flex_flow": "column-reverse"})
         scroll.add_class("minigpt-chat")
-        style = widgets.HTML("<style>.minigpt-chat {overflow-anchor: none}"
-                             "</style>", layout={"display": "none"})
-        super().__init__([style, scroll, self.note, self.sources])
+        super().__init__([scroll, self.note, self.sources])
         self.refresh()
 
     def tell(self, note: str) -> None:
