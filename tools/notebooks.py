@@ -1,6 +1,7 @@
 """Export, run, check and look into the notebooks: everything that has to stay in step with them.
 
-    python tools/notebooks.py export [NAME ...]    notebooks -> minigpt/*.py (all of them: also minigpt/_modidx.py)
+    python tools/notebooks.py export [NAME ...]    notebooks -> minigpt/*.py (all of them: also minigpt/_modidx.py), and their
+                                                   texts -> minigpt/assets/course/
     python tools/notebooks.py run [NAME ...]       run in a fresh kernel, save clean outputs, stamp them
     python tools/notebooks.py check [NAME ...]     in step? clean? outputs fresh? (what tests/test_notebooks.py asserts)
     python tools/notebooks.py png NAME FOLDER      write the saved pictures of a notebook into FOLDER
@@ -24,6 +25,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import course
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT / "nbs", ROOT / "minigpt"
@@ -145,7 +148,10 @@ def fingerprint(nb: dict) -> str:
             seen[name] = path.read_text(encoding="utf-8")
             todo |= _imports(seen[name])
     digest = hashlib.sha256(json.dumps([code, sorted(seen.items())]).encode())
+    corpus = "#| default_exp rag" in "\n".join(code)  # only chapter 09 reads the notebooks' texts
     for path in sorted(p for p in (LIB / "assets").rglob("*") if p.is_file()):
+        if path.parent.name == "course" and not corpus:
+            continue
         data = path.read_bytes()
         if path.suffix not in {".safetensors", ".bin"}:
             data = data.replace(b"\r\n", b"\n")
@@ -284,6 +290,7 @@ def main() -> int:
         parser.error(str(error))
     if args.what == "export":
         export(paths, index=not args.names)
+        course.write()
         return 0
     if args.what == "run":
         for path in paths:
@@ -292,6 +299,7 @@ def main() -> int:
     bad = [f"{name} differs from its notebook: export again" for name in out_of_step()]
     if readme() != (ROOT / "README.md").read_text(encoding="utf-8"):
         bad.append("README.md differs from nbs/index.ipynb: python tools/notebooks.py readme")
+    bad += [f"assets/course/{name} differs from nbs/: export again" for name in course.out_of_step()]
     for path in paths:
         if not is_clean(path):
             bad.append(f"{path.stem} is not clean: run it again")
