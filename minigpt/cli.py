@@ -640,8 +640,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 # %% ../nbs/10_chat_ui.ipynb #register
-from . import cli_eval, cli_generate, cli_serve
+from . import cli_eval, cli_finetune, cli_generate, cli_rag, cli_serve
 
-cli_generate.register(app)
 cli_eval.register(app)
+cli_finetune.register(app)
+cli_generate.register(app)
+cli_rag.register(app)
 cli_serve.register(app)
