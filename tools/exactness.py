@@ -119,7 +119,7 @@ def table(rows: list[dict]) -> list[str]:
     for row in rows:
         file, _, function = row["test"].partition("::")
         lines.append(f"| {cell(row['name'])} | {cell(peer(row))} | {number(row['value'])} | {number(row['bound'])} | "
-                     f"`{function}` in [{cell(file)}](https://github.com/minigpt/minigpt/blob/main/tests/{file}) |")
+                     f"[`tests/{file}::{function}`](https://github.com/minigpt/minigpt/blob/main/tests/{file}) |")
     return lines
 
 
@@ -136,15 +136,15 @@ def worst_by_bound(rows: list[dict]) -> str:
 
 def promises(rows: list[dict]) -> list[str]:
     """The table of what is promised, with the worst figure of each."""
-    lines = ["| promise | compared with | figures | largest difference | repeat with |", "|---|---|---|---|---|"]
+    lines = ["| promise | compared with | figures | largest difference | test |", "|---|---|---|---|---|"]
     for promise, (tests, chapter) in PROMISES.items():
         found = proofs(rows, tests)
         if not found:
             continue
         peers = ", ".join(dict.fromkeys(cell(peer(row)) for row in found))
-        nodes = " ".join(dict.fromkeys(f"tests/{row['test']}" for row in found))
+        tests = "; ".join(dict.fromkeys(f"`tests/{row['test']}`" for row in found))
         lines.append(f"| {promise} ([{chapter[:2]}]({chapter}.ipynb)) | {peers} | {len(found)} | {worst_by_bound(found)} | "
-                     f"`python -m pytest {nodes}` |")
+                     f"{tests} |")
     return lines
 
 
@@ -158,8 +158,9 @@ def page() -> str:
              "(`python tools/exactness.py run`), and no figure is typed by hand.",
              f"Measured on {data['date']} with Python {data['python']} on {data['system']}, on the CPU. A difference of 0 "
              "means bit for bit or id for id; around 1e-6 is the rounding of float32.",
-             "## What is promised", "\n".join(promises(rows)), "## Every figure",
-             "One test alone: `python -m pytest tests/FILE -k NAME`."]
+             "To repeat a figure: `python -m pytest` with the test that stands in its row, such as "
+             "`python -m pytest tests/test_attention.py::test_equals_sdpa`.",
+             "## What is promised", "\n".join(promises(rows)), "## Every figure"]
     for chapter in dict.fromkeys(chapter_of(row["test"]) for row in rows):
         of_chapter = [row for row in rows if chapter_of(row["test"]) == chapter]
         parts += [f"### Chapter {chapter}" if chapter != "99" else "### Others", "\n".join(table(of_chapter))]
