@@ -615,7 +615,8 @@ def ui(
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from minigpt.chat import ChatSession, adapter_key
-    from minigpt.ui import gradio_app, model_card, page_style
+    from minigpt.ui import check_folder, gradio_app, model_card, page_style
+    check_folder(votes)
     for folder in adapter:
         adapter_key(folder)                                # exists?
     session = ChatSession(model, documents=documents)

@@ -52,7 +52,8 @@ def serve_command(
       MINIGPT_API_KEY=... minigpt serve --host 0.0.0.0 --no-ui
       curl http://127.0.0.1:8000/v1/models
 
-    Ctrl-C ends it once the running answers are done.
+    Ctrl-C ends it once the running answers are done (and open chat pages
+    are closed, or after --grace seconds); a second one ends it at once.
     """
     import torch
     from minigpt.chat import load_pair

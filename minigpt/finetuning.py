@@ -550,13 +550,14 @@ class PairRows(RowSampler):
                  for n, pair in enumerate(pairs)]
         if not found:
             raise ValueError("there are no pairs to learn from")
-        lengths = [max(len(ids) for ids, _ in pair) for pair in found]
-        long = [n for n, length in enumerate(lengths) if length > size + 1]
-        if long:
-            raise ValueError(f"pair {long[0]} has {lengths[long[0]]} tokens, "
+        lengths = np.array([max(len(ids) for ids, _ in pair)
+                            for pair in found])
+        longest = int(lengths.argmax())
+        if lengths[longest] > size + 1:
+            raise ValueError(f"pair {longest} has {lengths[longest]} tokens, "
                              f"the model reads {size}: leave it out")
-        super().__init__(len(found), max(lengths) - 1)
-        shape = len(found), 2, max(lengths)
+        super().__init__(len(found), int(lengths.max()) - 1)
+        self.lengths, shape = lengths, (len(found), 2, lengths.max())
         self.table = np.full(shape, renderer.endoftext, np.int64)
         self.marks = np.zeros(shape, bool)
         for n, pair in enumerate(found):
@@ -564,11 +565,12 @@ class PairRows(RowSampler):
                 self.table[n, side, :len(ids)] = ids
                 self.marks[n, side, :len(ids)] = mask
 
-    def windows(self, numbers: Sequence[int]) -> Windows:
-        """These pairs, two rows for each."""
-        ids, mask = self.table[numbers], self.marks[numbers]  # (P, 2, T+1)
-        return Windows(ids.reshape(-1, ids.shape[-1]),
-                       mask[..., 1:].reshape(-1, ids.shape[-1] - 1))
+    def windows(self, numbers: np.ndarray | list[int]) -> Windows:
+        """These pairs, two rows for each, as long as the longest."""
+        size = self.lengths[numbers].max()
+        ids = self.table[numbers, :, :size].reshape(-1, size)  # (2P, T+1)
+        mask = self.marks[numbers, :, 1:size]                  # (P, 2, T)
+        return Windows(ids, mask.reshape(-1, size - 1))
 
     def next_batch(self) -> Windows:
         """The next pairs of this process."""
@@ -612,7 +614,7 @@ def pair_logprobs(model: nn.Module, rows: PairRows, batch: int = 8) -> Tensor:
     """Log-probabilities (P, 2) of all chosen and rejected answers."""
     device, found = next(model.parameters()).device, []
     for at in range(0, rows.n_rows, batch):
-        some = rows.windows(range(at, min(at + batch, rows.n_rows)))
+        some = rows.windows(np.arange(at, min(at + batch, rows.n_rows)))
         targets = torch.from_numpy(np.where(some.mask, some.y, -100))
         found.append(answer_logprobs(
             model, torch.from_numpy(some.x).to(device), targets.to(device)))

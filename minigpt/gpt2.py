@@ -96,9 +96,9 @@ class GPT2Config:
 
     def memory(self, batch: int = 1, block: int | None = None,
                dtype: torch.dtype | str = torch.float32, *,
-               training: bool = False) -> "Memory":
+               training: bool = False, device: str = "cpu") -> "Memory":
         """What a pass needs, in bytes, see estimate_memory()."""
-        return estimate_memory(self, batch, block, dtype, training)
+        return estimate_memory(self, batch, block, dtype, training, device)
 
 # %% ../nbs/03_gpt2.ipynb #checkconfig
 def check_config(config: GPT2Config) -> None:
@@ -474,11 +474,13 @@ class Memory:
 
 # %% ../nbs/03_gpt2.ipynb #memory
 def estimate_memory(config: GPT2Config, batch: int, block: int | None,
-                    dtype: torch.dtype | str, training: bool) -> Memory:
+                    dtype: torch.dtype | str, training: bool,
+                    device: str = "cpu") -> Memory:
     """The memory of one forward pass or one training step on (batch, block).
 
     In training, weights, gradients and AdamW's two means are float32, and
-    `dtype` is that of autocast. Raises ValueError for sizes that cannot be.
+    `dtype` is that of autocast, and the loss that of chapter 04. `device`:
+    "cpu", or a GPU's kind. Raises ValueError for sizes that cannot be.
     """
     T = config.block_size if block is None else block
     if batch < 1 or not 1 <= T <= config.block_size:
@@ -493,7 +495,7 @@ def estimate_memory(config: GPT2Config, batch: int, block: int | None,
                       count * size + acts + 6 * 2**20)
     copies = count * size if size < 4 else 0     # of the weights, by autocast
     inner = N * (config.n_layer * (8 + 14 * size) + 8) * C
-    outer = 12 * N * V                           # three rows in float32
+    outer = (2 * size if device == "cpu" else 12) * N * V
     loss, left = (0.15, 0.8) if size == 4 else (0.3, 0.3)
     begin = copies + outer + round((1 + loss) * inner + left * 4 * count)
     peak = 12 * count + max(begin, 4 * count + copies) + 12 * 2**20

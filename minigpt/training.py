@@ -1023,12 +1023,14 @@ def available_memory(device: torch.device) -> float:
 
 # %% ../nbs/04_training.ipynb #largest-batch
 def largest_batch(config: GPT2Config, memory: float, length: int,
-                  dtype: str | torch.dtype = "float32") -> int:
+                  dtype: str | torch.dtype = "float32",
+                  device: str = "cpu") -> int:
     """The most windows of `length` tokens that can be trained on at a time
     in 90 % of `memory` bytes; 0 where not even one fits."""
     def fits(windows: int) -> bool:
-        need = config.memory(windows, length, dtype, training=True).peak
-        return need <= 0.9 * memory
+        need = config.memory(windows, length, dtype, training=True,
+                             device=device)
+        return need.peak <= 0.9 * memory
 
     low, high = 0, 1
     while fits(high) and high < 1 << 20:
@@ -1045,12 +1047,13 @@ def check_memory(run: Run) -> None:
     if run.ranks.world > 1 and c.parallel == "fsdp":
         return
     rows = c.micro_batch or c.batch_size // run.ranks.world
-    have = available_memory(run.ranks.device)
-    need = shape.memory(rows, run.length, run.stepper.dtype,
-                        training=True).peak
+    have, kind = available_memory(run.ranks.device), run.ranks.device.type
+    need = shape.memory(rows, run.length, run.stepper.dtype, training=True,
+                        device=kind).peak
     # a compiled step on a GPU needs less than the prediction
-    if need > have * (1.0 if run.ranks.device.type == "cpu" else 2.0):
-        most = largest_batch(shape, have, run.length, run.stepper.dtype)
+    if need > have * (1.0 if kind == "cpu" else 2.0):
+        most = largest_batch(shape, have, run.length, run.stepper.dtype,
+                             kind)
         raise MemoryError(
             f"{rows} windows of {run.length} tokens need about "
             f"{need / 1e9:.0f} GB, {run.ranks.device} has {have / 1e9:.0f}: "
@@ -1534,7 +1537,8 @@ def plan(model: str | GPT2Config = "mini", machine: str | None = None, *,
                          "can't be measured: measure=False")
     dtype = box.dtype if dtype == "auto" else dtype
     length = block_size or config.block_size
-    largest = largest_batch(config, box.memory, length, dtype)
+    kind = device.type if device else "cuda"
+    largest = largest_batch(config, box.memory, length, dtype, kind)
     batch = batch or max(1, min(64, largest))
     count = sum(p.numel() for p in meta_model(config).parameters())
     speed = box.tflops * 1e12 * box.mfu / flops_per_token(config, length)
@@ -1545,7 +1549,8 @@ def plan(model: str | GPT2Config = "mini", machine: str | None = None, *,
             batch_size=rows, block_size=T, dtype=dtype, device=str(device)))
     return Plan(model if isinstance(model, str) else "GPT-2", box.title,
                 count, length, dtype, batch,
-                config.memory(batch, length, dtype, training=True),
+                config.memory(batch, length, dtype, training=True,
+                              device=kind),
                 box.memory, largest, speed, measure and batch <= largest,
                 tokens or 20.0 * count, box.price if price is None else price)
 

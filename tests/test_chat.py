@@ -1,4 +1,7 @@
-"""ChatSession: what the model reads, what is kept, seeds, threads, files. Peer: transformers' chat templates."""
+"""ChatSession: what the model reads, what is kept, seeds, threads, adapters, documents, files.
+
+Peer: transformers' chat templates."""
+import copy
 import gc
 import inspect
 import json
@@ -9,12 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minigpt.bpe import BPETokenizer
-from minigpt.chat import (ChatSession, Conversation, OneAtATime, load_pair, read_messages, turn_seed, write_messages)
+from minigpt.chat import (ChatSession, Conversation, OneAtATime, Shelf, as_documents, load_pair, read_messages,
+                          turn_seed, write_messages)
 from minigpt.data import load_chats
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
+from minigpt.rag import RAG, Index, cite
 
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = ["sun", " Fähre", " 😀", "\n", " 3.14", " it's", "  ", " 日本", " kite", "\t", " The", " end."]
@@ -466,6 +472,210 @@ def test_messages_are_a_copy(small):
     session.messages[0]["content"] = "Be evil."
     session.messages.clear()
     assert len(session.messages) == 3 and session.messages[0]["content"] == "Be kind."
+
+
+# ------------------------------------------------------------------ adapters and documents
+
+@pytest.fixture(scope="module")
+def adapters(small, tmp_path_factory):
+    """Two adapters that change the small model, and the models that torch gives by adding B @ A by hand."""
+    from minigpt.lora import LoraConfig, apply_lora, save_adapter
+    made = {}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = copy.deepcopy(small[0])
+        apply_lora(model, LoraConfig(r=2, lora_alpha=6, target_modules=["c_attn"]))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        folder = tmp_path_factory.mktemp("adapters") / str(seed)
+        save_adapter(model, folder)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        by_hand = copy.deepcopy(small[0])
+        for n, block in enumerate(by_hand.blocks):
+            A, B = (next(t for name, t in tensors.items() if f".{n}." in name and f"lora_{x}" in name) for x in "AB")
+            block.attn.c_attn.weight.data += 6 / 2 * (B @ A)
+        made[folder] = by_hand
+    return made
+
+
+HARBOR = "# Harbor\n\nThe lighthouse was built by Ines Marlow in 1871.\n"
+FERRY = "# Ferry\n\nThe ferry to the island leaves every morning at seven.\n"
+
+
+@pytest.fixture
+def notes(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "harbor.md").write_text(HARBOR, encoding="utf-8")
+    (tmp_path / "notes" / "ferry.md").write_text(FERRY, encoding="utf-8")
+    return tmp_path / "notes"
+
+
+def test_an_adapter_is_put_on_and_taken_off(small, adapters):
+    settings = dict(temperature=0, max_new_tokens=16)
+    session, said = ChatSession(*small, **settings), {}
+    for folder in [None, *adapters, None, *adapters]:
+        session.reset()
+        session.adapter = folder
+        assert session.adapter == folder
+        expected = ChatSession(adapters.get(folder, small[0]), small[1], **settings).reply("Hello")
+        assert session.reply("Hello") == expected == said.setdefault(folder, expected)
+    assert len(set(said.values())) == 3
+    assert ChatSession(*small, adapter=folder, **settings).reply("Hello") == said[folder]
+
+
+def test_an_adapter_changed_in_the_middle_reads_the_conversation_anew(small, adapters):
+    """Nothing of the keys and values of the other weights is kept."""
+    settings = dict(temperature=0, max_new_tokens=12)
+    session = ChatSession(*small, **settings)
+    session.reply("One")
+    for folder, model in adapters.items():
+        fresh = ChatSession(model, small[1], **settings)
+        fresh.exchanges = session.exchanges
+        session.adapter = folder
+        assert session.reply("Two") == fresh.reply("Two")
+
+
+def test_a_bad_adapter_changes_nothing(small, adapters, tmp_path):
+    good = next(iter(adapters))
+    session = ChatSession(*small, adapter=good, temperature=0, max_new_tokens=8)
+    before = session.reply("Hello")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text("{", encoding="utf-8")
+    for bad, kind in ((tmp_path / "none", FileNotFoundError), (tmp_path / "broken", (ValueError, FileNotFoundError))):
+        with pytest.raises(kind, match=bad.name):
+            session.adapter = bad
+        with pytest.raises(kind, match=bad.name):
+            ChatSession(*small, adapter=bad)
+    session.reset()
+    assert session.adapter == good and session.reply("Hello") == before
+
+
+def test_neither_changes_while_an_answer_is_open(small, adapters, notes):
+    session = ChatSession(*small, max_new_tokens=40, seed=1)
+    stream = session.stream("Hello")
+    next(stream)
+    for name, value in (("adapter", next(iter(adapters))), ("documents", notes)):
+        with pytest.raises(RuntimeError, match="still being streamed"):
+            setattr(session, name, value)
+    stream.close()
+    session.adapter, session.documents = next(iter(adapters)), notes
+
+
+def test_a_shelf_makes_each_once_and_keeps_few(small, adapters, tmp_path):
+    import os
+    import shutil
+    one, two = adapters
+    shelf = Shelf(small[0], size=2)
+    model = shelf.take(one).model
+    assert shelf.take(one).model is model and shelf.take(str(one)).model is model
+    shelf.take(two)
+    shelf.take(one)
+    third = tmp_path / "third"
+    shutil.copytree(two, third)
+    shelf.take(third)                                  # now `two` was not asked for longest
+    assert shelf.take(one).model is model and len(shelf._made) == 2
+    os.utime(third / "adapter_model.safetensors", (1, 1))
+    before = shelf.take(third).model
+    shutil.copy(one / "adapter_model.safetensors", third / "adapter_model.safetensors")
+    after = shelf.take(third).model
+    assert before is not after
+    assert torch.equal(after.blocks[0].attn.c_attn.weight, model.blocks[0].attn.c_attn.weight)
+
+
+def test_documents_are_read_but_not_kept(shipped, notes):
+    """The model reads exactly what `RAG.prompt` gives; the conversation holds what was said."""
+    question = "When does the ferry leave?"
+    rag = RAG(notes)
+    session = ChatSession(*shipped, temperature=0, documents=notes)
+    said = session.reply(question)
+    asked, hits = rag.prompt(question)
+    bare = ChatSession(*shipped, temperature=0)
+    assert asked != question and bare.reply(asked) == said
+    assert session.messages == [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+    assert session.last.prompt_ids == bare.prompt(asked, [])
+    assert session.hits == hits and session.citations == cite(said, hits) and session.citations
+    citation = session.citations[0]
+    assert (notes / "ferry.md").read_text(encoding="utf-8")[citation.start:citation.end] == citation.text
+    session.reply("Thank you!")                        # the passages are not read again
+    assert "leaves every morning" not in shipped[1].decode(session.last.prompt_ids).replace(said, "")
+
+
+def test_documents_come_as_anything_and_go(shipped, notes):
+    question, said = "When does the ferry leave?", set()
+    for documents in (notes, str(notes), notes / "ferry.md", Index.build(notes), RAG(notes)):
+        session = ChatSession(*shipped, temperature=0, documents=documents)
+        said.add(session.reply(question))
+        assert session.hits
+    assert len(said) <= 2                              # the single file alone is another context
+    session.documents = None
+    "".join(session.regenerate())
+    assert session.hits == session.citations == [] and session.documents is None
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        session.documents = notes / "nowhere"
+    assert session.documents is None
+    assert len(as_documents("course").index) > 100
+
+
+def test_what_no_passage_fits_is_asked_as_it_is(shipped, notes):
+    session = ChatSession(*shipped, temperature=0, documents=notes)
+    for text in ("Tell me a joke.", "???", "\U0001f600"):
+        assert session.reply(text) and session.hits == []
+        assert session.last.prompt_ids == ChatSession.prompt(session, text, session.exchanges[:-1])
+
+
+def test_the_record_goes_with_the_answer(shipped, notes, tmp_path):
+    session = ChatSession(*shipped, temperature=0, documents=notes, max_new_tokens=20)
+    assert session.last is None and session.hits == []
+    session.reply("When does the ferry leave?")
+    session.save(tmp_path / "talk.json")
+    assert shipped[1].decode(session.last.answer_ids) == session.exchanges[-1][1]
+    session.load(tmp_path / "talk.json")               # a transcript knows no passages
+    assert session.last is None and session.hits == session.citations == []
+    session.reply("When does the ferry leave?")
+    session.undo()
+    assert session.last is None
+
+
+def test_siblings_share_weights_and_nothing_else(small, adapters, notes):
+    first = ChatSession(*small, system="Be kind.", seed=4, max_new_tokens=8, adapter=next(iter(adapters)),
+                        documents=notes)
+    first.reply("My secret is tulip.")
+    other = first.sibling()
+    assert other.model is first.model and other.documents is first.documents and other.adapter == first.adapter
+    assert other._decoder.layers is first._decoder.layers and other._decoder.cache is None
+    assert other.messages == [{"role": "system", "content": "Be kind."}] and other.last is None
+    other.adapter, other.documents, other.temperature = None, None, 0
+    assert first.adapter and first.documents and first.temperature == 0.7
+    assert other.reply("Hello") and len(first.exchanges) == 1
+
+
+def test_siblings_at_once_with_other_adapters_and_documents(small, adapters, tmp_path):
+    """Eight threads, three models, four folders with a secret each: all say what they say alone, and read their own."""
+    def talk(n, first):
+        session = first.sibling()
+        session.adapter = [None, *adapters][n % 3]
+        session.documents, session.seed = folders[n % 4], n
+        seen = ""
+        for turn in range(4):
+            session.reply(f"Session{n} turn{turn}: where is the treasure buried?")
+            assert session.hits
+            seen += small[1].decode(session.last.prompt_ids)
+        return session.exchanges, seen
+    folders = []
+    for n in range(4):
+        folders.append(tmp_path / f"docs{n}")
+        folders[n].mkdir()
+        (folders[n] / "map.md").write_text(f"The treasure is buried at place{n}.", encoding="utf-8")
+    settings = dict(max_new_tokens=6)
+    alone = [talk(n, ChatSession(*small, **settings)) for n in range(8)]
+    first = ChatSession(*small, **settings)
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda n: talk(n, first), range(8)))
+    assert together == alone and first.exchanges == []
+    for n, (_, seen) in enumerate(together):
+        assert f"place{n % 4}" in seen and not any(f"place{m}" in seen for m in range(4) if m != n % 4)
+        assert not any(f"Session{m}" in seen for m in range(8) if m != n)
 
 
 # ------------------------------------------------------------------ files

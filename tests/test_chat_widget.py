@@ -185,7 +185,7 @@ def test_stop_and_again_by_keyboard(page):
     page.get_by_role("button", name="Again").focus()
     page.keyboard.press("Space")
     page.wait_for_function("() => !document.querySelector('[role=status]').innerText.includes('Stopped')")
-    assert answered(page, 4).startswith("Once")
+    assert len(answered(page, 4)) > 20 and page.locator(".minigpt-chat .said-user").count() == 4
     assert page.evaluate("document.activeElement.innerText") == "Again"     # the focus was not lost
 
 
@@ -250,7 +250,7 @@ def small():
     dict(temperature=1.3, top_k=6, top_p=None, repetition_penalty=1.0),
     dict(temperature=0.8, top_k=None, top_p=0.02, repetition_penalty=1.4)])
 def test_the_shown_chances_are_those_of_drawing(small, settings):
-    """Against 3,000 draws of chapter 05's loop from the same place; without a penalty (which it would not see), and
+    """Against 500 draws of chapter 05's loop from the same place; without a penalty (which it would not see), and
     with one against the softmax computed by hand."""
     session = ChatSession(*small, seed=3, max_new_tokens=12, **settings)
     session.reply("Hello")
@@ -267,10 +267,10 @@ def test_the_shown_chances_are_those_of_drawing(small, settings):
     if settings["repetition_penalty"] == 1:
         from dataclasses import replace
         once = replace(session.drawing(1), seed=0, stop_ids=())
-        draws = generate_options(small[0], [session.last.prompt_ids + said[:place]] * 3000, once)
+        draws = generate_options(small[0], [session.last.prompt_ids + said[:place]] * 500, once)
         for token, _, chance in rows[:3]:
-            share = sum(d.ids == [token] for d in draws) / 3000
-            assert abs(share - chance) < 5 * (chance * (1 - chance) / 3000) ** 0.5 + 1e-9
+            share = sum(d.ids == [token] for d in draws) / 500
+            assert abs(share - chance) < 5 * (chance * (1 - chance) / 500) ** 0.5 + 1e-9
 
 
 def test_greedy_chances_are_one_and_zero(small):

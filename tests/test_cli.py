@@ -71,6 +71,7 @@ def test_help_version_and_both_ways_to_start():
     assert other.stdout == done.stdout
     assert run("--version").stdout.decode().strip() == f"minigpt {minigpt.__version__}"
     assert b'minigpt chat "What is a whale?"' in run("chat", "--help").stdout
+    assert b"minigpt ui --docs notes" in run("ui", "--help").stdout
 
 
 def test_an_argument_and_a_pipe_give_the_same_plain_answer():
@@ -125,6 +126,13 @@ BAD = [
     (["chat", "  "], "is empty"),
     (["chat", "caf\udce9"], "half a character"),
     (["chat", "Hi", "--system", "caf\udce9"], "half a character"),
+    (["chat", "Hi", "--adapter", "no-such-adapter"], "'no-such-adapter'"),
+    (["chat", "Hi", "--docs", "no-such-docs"], "no-such-docs"),
+    (["ui", "--adapter", "no-such-adapter"], "'no-such-adapter'"),
+    (["ui", "--votes", "no-such-folder/votes"], "'no-such-folder/votes'"),
+    (["ui", "--port", "99999"], "--port"),
+    (["ui", "--visitors", "0"], "--visitors"),
+    (["ui", "--model", "no-such-model"], "no-such-model"),
     (["chat", "--tempo", "1"], "--tempo"),
     (["sing"], "sing"),
 ]
@@ -247,7 +255,7 @@ def commands(small_folder, tmp_path):
 
 def test_commands(commands):
     session, help = commands._session, commands("/help")
-    for name in ("help", "reset", "undo", "retry", "system", "temp", "save", "load", "quit"):
+    for name in ("help", "reset", "undo", "retry", "system", "temp", "adapter", "docs", "sources", "save", "load", "quit"):
         assert f"/{name} " in help
     assert commands("/temp") == "Temperature: 0.7" and commands("/temp 0.25") == "Temperature: 0.25"
     for bad in ("hot", "-1", "nan", "inf"):
@@ -265,6 +273,41 @@ def test_commands(commands):
         assert commands(bad).startswith("There is no command /")
     with pytest.raises(EOFError):
         commands("/quit")
+
+
+def test_commands_for_adapters_and_documents(commands, small_folder, tmp_path):
+    from minigpt.lora import LoraConfig, apply_lora, save_adapter
+    model = GPT2.from_pretrained(small_folder)
+    save_adapter(apply_lora(model, LoraConfig(r=2)), tmp_path / "my adapter")
+    (tmp_path / "my notes").mkdir()
+    (tmp_path / "my notes" / "a.md").write_text("# Harbor\n\nThe \x1b[2J ferry leaves at seven.", encoding="utf-8")
+    session = commands._session
+    assert commands("/adapter") == "Adapter: none" and commands("/docs") == "Documents: none"
+    assert commands(f"/adapter {tmp_path / 'my adapter'}") == f"Adapter: {tmp_path / 'my adapter'}"
+    assert commands(f"/docs {tmp_path / 'my notes'}").startswith("Documents: Index(1 passage")
+    assert commands("/sources").startswith("No passages")
+    session.reply("When does the ferry leave?")
+    assert commands("/sources").startswith("[1] a.md, Harbor, ") and "ferry leaves at seven." in commands("/sources")
+    assert "\x1b" not in commands("/sources")          # nor can a document steer the terminal
+    for bad, names in (("/adapter nowhere", "'nowhere'"), ("/docs nowhere", "nowhere")):
+        with pytest.raises(FileNotFoundError, match=names):
+            commands(bad)
+    assert session.hits and session.adapter
+    commands("/docs -"), commands("/adapter -")
+    assert session.documents is None and session.adapter is None
+    session.reply("When does the ferry leave?")
+    assert commands("/sources").startswith("No passages") and cli.cited(session) == ""
+
+
+def test_an_answer_in_a_pipe_names_its_sources_apart(tmp_path, monkeypatch, capfd):
+    """Standard output holds the answer alone; where it comes from goes to standard error."""
+    (tmp_path / "harbor.md").write_text("# Harbor\n\nThe lighthouse was built by Ines Marlow in 1871.\n\n# Ferry\n\n"
+                                        "The ferry to the island leaves every morning at seven.\n", encoding="utf-8")
+    question = "When does the ferry leave?"
+    code, out, err = in_process(["chat", question, "--temperature", "0", "--docs", str(tmp_path)], monkeypatch, capfd)
+    session = ChatSession(temperature=0, documents=tmp_path)
+    assert (code, out) == (0, session.reply(question) + "\n")
+    assert err == f"[1] harbor.md, Ferry, {session.citations[0].place}\n"
 
 
 def test_save_and_load_ask_before_anything_is_lost(commands, tmp_path):

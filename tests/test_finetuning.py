@@ -354,7 +354,7 @@ def test_dpo_loss_and_gradients_are_trls(tokenizer, renderer, tmp_path, ledger):
     loss.backward()
     stepper = PairStepper(policy, TrainConfig(micro_batch=2), Ranks(), beta=0.3)
     stepper.reference = frozen
-    windows = rows.windows(range(4))
+    windows = rows.windows([0, 1, 2, 3])
     ours = stepper.gradients(windows.x, np.where(windows.mask, windows.y, -100))
     ledger("DPO loss = trl's", abs(ours.item() - loss.item()), peer="trl", bound=1e-5)
     assert ours.item() == pytest.approx(loss.item(), abs=1e-5)
@@ -379,7 +379,7 @@ def test_dpo_loss_is_equation_7_in_64_bits(renderer, ledger):
                 logp = model(torch.from_numpy(ids)[None])[0].log_softmax(-1)
                 odds += sign * side * sum(logp[t - 1, ids[t]].item() for t in range(answer, end + 1))
         want.append(math.log1p(math.exp(-0.3 * odds)))
-    windows = rows.windows(range(5))
+    windows = rows.windows([0, 1, 2, 3, 4])
     x, y = torch.from_numpy(windows.x), torch.from_numpy(np.where(windows.mask, windows.y, -100))
     logprobs = [ft.answer_logprobs(m.float(), x, y).view(-1, 2) for m in (policy, frozen)]
     got = dpo_loss(*logprobs, beta=0.3)

@@ -1,11 +1,8 @@
 """The server through OpenAI's own client: every answer against `generate`, and every refusal."""
+import functools
 import http.client
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,17 +10,18 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+from exercise_cells import exercises, said as told
 from prometheus_client.parser import text_string_to_metric_families
 
+import minigpt.server
 from minigpt.bpe import BPETokenizer
 from minigpt.chat import load_pair
 from minigpt.data import ChatRenderer
 from minigpt.generation import Decoder, Options, RepetitionPenalty, TextStream, generate, read
 from minigpt.gpt2 import GPT2, GPT2Config, KVCache
-from minigpt.server import (Answer, APIError, Ask, Batch, Engine, Limits, Slots, create_app, row_decoder, running,
-                            step_rows, twice)
+from minigpt.server import (Ask, Batch, Engine, Limits, Reply, Slots, create_app, row_decoder, running,
+                            step_rows)
 
-ROOT = Path(__file__).resolve().parent.parent
 TALKS = ["What is a whale?", "Tell me a joke.", "Hi", "What is 7 plus 5?", "Why is the sky blue?",
          "Write a long story about a lighthouse and the old man who lives in it.", "Who are you?", "Name three fruits."]
 
@@ -68,7 +66,12 @@ def ids_of(pair, text):
 
 def alone(pair, ids, **options):
     specials = tuple(pair[1].special_tokens.values())
-    return generate(pair[0], ids, stop_ids=specials, decoder=Decoder(pair[0]), **options)
+    return generate(pair[0], ids, stop_ids=specials, decoder=decoder_of(pair[0]), **options)
+
+
+@functools.cache
+def decoder_of(model):
+    return Decoder(model)
 
 
 # ------------------------------------------------------------------ the batch
@@ -123,7 +126,7 @@ def test_rows_that_join_and_leave_draw_what_they_draw_alone(small, options, ledg
     model, tokenizer = small
     engine = Engine(model, tokenizer, Limits(max_batch=4, chunk=5, max_queue=99))
     prompts = [[(7 * i + j) % 900 + 3 for j in range(1 + i % 13)] for i in range(24)]
-    asks = [Ask(ids, [Answer(tokenizer, ids, Options(seed=i, **options), 3 + i % 17)]) for i, ids in enumerate(prompts)]
+    asks = [Ask(ids, [Reply(tokenizer, ids, Options(seed=i, **options), 3 + i % 17)]) for i, ids in enumerate(prompts)]
     engine.submit(*asks)
     rounds = 0
     while engine.round():
@@ -131,7 +134,7 @@ def test_rows_that_join_and_leave_draw_what_they_draw_alone(small, options, ledg
         assert len(engine.batch.rows) <= 4
     wrong = 0
     for i, (ids, ask) in enumerate(zip(prompts, asks)):
-        want = generate(model, ids, max_new_tokens=3 + i % 17, seed=i, decoder=Decoder(model), **options)
+        want = generate(model, ids, max_new_tokens=3 + i % 17, seed=i, decoder=decoder_of(model), **options)
         wrong += ask.answers[0].result.ids != want.ids
         assert ask.answers[0].finish_reason == "length"
         assert ask.answers[0].text.text == "".join(TextStream(tokenizer, iter(want.ids)))
@@ -142,7 +145,7 @@ def test_rows_that_join_and_leave_draw_what_they_draw_alone(small, options, ledg
 def test_n_answers_share_one_reading(small):
     model, tokenizer = small
     batch = Batch(model, 4, chunk=64)
-    ask = Ask([5, 6, 7], [Answer(tokenizer, [5, 6, 7], Options(seed=i), 8) for i in range(3)])
+    ask = Ask([5, 6, 7], [Reply(tokenizer, [5, 6, 7], Options(seed=i), 8) for i in range(3)])
     assert batch.read(ask) == 3 and batch.slots.lengths == [3, 3, 3]
     while batch.rows:
         batch.step()
@@ -157,8 +160,8 @@ def test_a_failing_row_fails_alone(small):
     def broken(ids, logits, step):
         return logits / (2 - step) if 1 // (2 - step) else logits
 
-    good = Ask([5], [Answer(tokenizer, [5], Options(temperature=0), 6)])
-    bad = Ask([5], [Answer(tokenizer, [5], Options(processors=(broken,), seed=1), 6)],
+    good = Ask([5], [Reply(tokenizer, [5], Options(temperature=0), 6)])
+    bad = Ask([5], [Reply(tokenizer, [5], Options(processors=(broken,), seed=1), 6)],
               tell=lambda number, piece: heard.append(piece))
     engine.submit(bad, good)
     while engine.round():
@@ -401,9 +404,9 @@ def wait_until(true, seconds=20):
 def test_a_cancelled_ask_gets_no_further_token(small):
     model, tokenizer = small
     engine = Engine(model, tokenizer)
-    ask = Ask([5], [Answer(tokenizer, [5], Options(seed=1), 200)])
+    ask = Ask([5], [Reply(tokenizer, [5], Options(seed=1), 200)])
     ask.tell = lambda number, piece: ask.cancel() if len(ask.answers[0].result.ids) == 3 else None
-    other = Ask([5], [Answer(tokenizer, [5], Options(seed=2), 9)])
+    other = Ask([5], [Reply(tokenizer, [5], Options(seed=2), 9)])
     engine.submit(ask, other)
     while engine.round():
         pass
@@ -519,3 +522,52 @@ def test_a_gradio_page_at_the_root(small):
     with running(create_app(*small, ui=page)) as url:
         assert b"our page" in send(url, "GET", "/")[1]
         assert json.loads(send(url, "GET", "/v1/models")[1])["data"]
+
+
+def test_with_a_key_the_page_asks_for_it(small):
+    import gradio as gr
+    with gr.Blocks() as page:
+        gr.Markdown("hello")
+    with running(create_app(*small, ui=page, api_key="s3cret")) as url:
+        assert send(url, "GET", "/config")[0].status == 401
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        assert send(url, "POST", "/login", b"username=me&password=guess", form)[0].status == 400
+        good, _ = send(url, "POST", "/login", b"username=me&password=s3cret", form)
+        assert good.status == 200
+        cookie = good.headers["set-cookie"].split(";")[0]
+        assert send(url, "GET", "/config", headers={"Cookie": cookie})[0].status == 200
+
+
+def test_an_adapter_is_merged_and_gives_its_name(small, tmp_path):
+    """The server with an adapter draws what `generate` draws with the adapted model, and not what the base model does."""
+    from minigpt.lora import LoraConfig, adapted, apply_lora, save_adapter
+    model, tokenizer = small
+    tuned = GPT2(model.config)
+    tuned.load_state_dict(model.state_dict())
+    apply_lora(tuned, LoraConfig(r=2, lora_alpha=64))
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_B" in name or name.endswith(".B"):
+                weight.normal_()
+    save_adapter(tuned, tmp_path / "pirate")
+    app = create_app(model, tokenizer, adapter=tmp_path / "pirate")
+    with running(app) as url:
+        body = json.dumps({"model": "pirate", "prompt": [5, 6], "max_tokens": 12, "temperature": 0}).encode()
+        text = json.loads(send(url, "POST", "/v1/completions", body, JSON)[1])["choices"][0]["text"]
+    with_it, without = (generate(m, [5, 6], max_new_tokens=12, temperature=0).ids
+                        for m in (adapted(model, tmp_path / "pirate"), model))
+    assert with_it != without and text == "".join(TextStream(tokenizer, iter(with_it)))
+
+
+# ------------------------------------------------------------------ the notebook's exercises
+
+@pytest.mark.parametrize("number, empty, check, solution", exercises("11"), ids=lambda value: value[:5])
+def test_exercises(number, empty, check, solution, capsys, pair):
+    """The empty cell is said to be unsolved, the folded solution to be correct."""
+    lines = (Path(__file__).parent.parent / "nbs" / "11_server.ipynb").read_text(encoding="utf-8")
+    cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(lines)["cells"]}
+    space = vars(minigpt.server) | {"lengths": [1], "model": pair[0], "tokenizer": pair[1]}
+    for name in ("in-turn", "static", "continuous"):
+        exec(cells[name], space)
+    assert told(empty, check, space, capsys).startswith("not solved yet")
+    assert told(solution, check, space, capsys) == "correct"
