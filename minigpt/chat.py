@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_text', 'load_pair', 'turn_seed', 'as_messages', 'write_messages', 'read_messages', 'OneAtATime', 'Conversation',
-           'Shelf', 'adapter_key', 'as_documents', 'Answered', 'ChatSession']
+           'Shelf', 'adapter_key', 'as_documents', 'Answered', 'Speaker', 'ChatSession']
 
 # %% ../nbs/10_chat_ui.ipynb #imports
 import hashlib
@@ -270,30 +270,11 @@ class Answered:
     answer_ids: list[int]
     hits: list
 
-# %% ../nbs/10_chat_ui.ipynb #session
-class ChatSession(Conversation):
-    """A conversation with a model.
+# %% ../nbs/10_chat_ui.ipynb #speaker
+class Speaker(Conversation):
+    """A conversation, and who speaks in it: model, settings, knowledge.
 
-    model: a GPT2, a name or a folder; None is the shipped model.
-    tokenizer: a BPETokenizer; None: the one that belongs to the model.
-    system: instructions in front of the conversation (the shipped model
-      was trained without any and hardly follows them).
-    temperature, top_k, top_p: how answers are drawn, see `Options`.
-    repetition_penalty: on the tokens of the answer only; 1 is off.
-    max_new_tokens: the longest answer; None is all that fit.
-    stop: texts that end an answer.
-    seed: makes answers repeatable; None draws new ones each time.
-    device: where a model that is loaded here goes; None is the CPU, "auto"
-      the best there is.
-    adapter: a folder of `minigpt.lora`, or None; may be set at any time.
-    documents: what `as_documents` takes, or None; may be set at any time.
-
-    `finish_reason` tells why the last answer ended ("stop", "length" or
-    "cancelled"), `forgotten` how many of the oldest exchanges no longer
-    fitted into its prompt, `last`, `hits` and `citations` how it came about.
-    Sessions share nothing but the model, and read its weights as they are
-    at the first message. A session may be used from several threads: they
-    take turns.
+    The arguments are those of ChatSession, which adds the speaking.
     """
 
     def __init__(self, model: GPT2 | str | Path | None = None,
@@ -312,24 +293,18 @@ class ChatSession(Conversation):
         self.options(), turn_seed(seed, 0)                 # bad values, now
         if adapter is not None:
             adapter_key(adapter)
+        documents = as_documents(documents)
         model, self.tokenizer = load_pair(model, tokenizer, device)
         self.renderer = ChatRenderer(self.tokenizer)
         self._shelf = Shelf(model)
-        self._begin(adapter, as_documents(documents))
+        self._begin(adapter, documents)
 
     def _begin(self, adapter, documents) -> None:
-        """What belongs to this session alone."""
+        """What belongs to this one alone."""
         self.finish_reason: str | None = None
         self.forgotten = self._attempt = 0
         self._cancel, self._last = threading.Event(), None
         self.adapter, self.documents = adapter, documents
-
-    def sibling(self) -> "ChatSession":
-        """A new session, empty, with the same settings and weights."""
-        other = copy(self)
-        Conversation.__init__(other, self.system)
-        other._begin(self.adapter, self.documents)
-        return other
 
     @property
     def adapter(self) -> str | Path | None:
@@ -353,25 +328,6 @@ class ChatSession(Conversation):
         documents = as_documents(documents)
         with self._turn:
             self._documents = documents
-
-    @property
-    def last(self) -> Answered | None:
-        """How the last answer of the conversation came about, if known."""
-        last, said = self._last, self.exchanges[-1:]
-        return last if last and said and said[0] is last.exchange else None
-
-    @property
-    def hits(self) -> list:
-        """The passages that the last answer was given."""
-        return self.last.hits if self.last else []
-
-    @property
-    def citations(self) -> list:
-        """Which of the `hits` the last answer rests on."""
-        if not self.hits:
-            return []
-        from minigpt.rag import cite
-        return cite(self.last.exchange[1], self.last.hits)
 
     def options(self) -> Options:
         """How the next answer is drawn; ValueError names a bad value."""
@@ -398,6 +354,85 @@ class ChatSession(Conversation):
                 "kept for the answer. Shorten it")
         messages = as_messages(self.system, past, text)
         return self.renderer.prompt(messages, max_length=size - room)
+
+    def drawing(self, room: int) -> Options:
+        """`options` in full: for an answer of at most `room` tokens."""
+        penalty = RepetitionPenalty(self.repetition_penalty, prompt=False)
+        return replace(
+            self.options(), repetition_penalty=1, processors=(penalty,),
+            max_new_tokens=min(self.max_new_tokens or room, room),
+            stop_ids=tuple(self.tokenizer.special_tokens.values()))
+
+    def _look_up(self, text: str) -> tuple[str, list]:
+        """What the model is asked when the user says `text`, and hits:
+        as many as fit."""
+        if self._documents is None or not any(map(str.isalnum, text)):
+            return text, []
+        asked, hits = self._documents.prompt(text)
+        while hits and not self._fits(asked):
+            from minigpt.rag import plain, reading_prompt
+            *hits, _ = hits
+            asked = reading_prompt(text, [plain(hit.text) for hit in hits]
+                                   ) if hits else text
+        return asked, hits
+
+    def _fits(self, text: str) -> bool:
+        try:
+            return bool(self.prompt(text, []))
+        except ValueError:
+            return False
+
+# %% ../nbs/10_chat_ui.ipynb #session
+class ChatSession(Speaker):
+    """A conversation with a model.
+
+    model: a GPT2, a name or a folder; None is the shipped model.
+    tokenizer: a BPETokenizer; None: the one that belongs to the model.
+    system: instructions in front of the conversation (the shipped model
+      was trained without any and hardly follows them).
+    temperature, top_k, top_p: how answers are drawn, see `Options`.
+    repetition_penalty: on the tokens of the answer only; 1 is off.
+    max_new_tokens: the longest answer; None is all that fit.
+    stop: texts that end an answer.
+    seed: makes answers repeatable; None draws new ones each time.
+    device: where a model that is loaded here goes; None is the CPU, "auto"
+      the best there is.
+    adapter: a folder of `minigpt.lora`, or None; may be set at any time.
+    documents: what `as_documents` takes, or None; may be set at any time.
+
+    `finish_reason` tells why the last answer ended ("stop", "length" or
+    "cancelled"), `forgotten` how many of the oldest exchanges no longer
+    fitted into its prompt, `last`, `hits` and `citations` how it came about.
+    Sessions share nothing but the model, and read its weights as they are
+    at the first message. A session may be used from several threads: they
+    take turns.
+    """
+
+    @property
+    def last(self) -> Answered | None:
+        """How the last answer of the conversation came about, if known."""
+        last, said = self._last, self.exchanges[-1:]
+        return last if last and said and said[0] is last.exchange else None
+
+    @property
+    def hits(self) -> list:
+        """The passages that the last answer was given."""
+        return self.last.hits if self.last else []
+
+    @property
+    def citations(self) -> list:
+        """Which of the `hits` the last answer rests on."""
+        if not self.hits:
+            return []
+        from minigpt.rag import cite
+        return cite(self.last.exchange[1], self.last.hits)
+
+    def sibling(self) -> "ChatSession":
+        """A new session, empty, with the same settings and weights."""
+        other = copy(self)
+        Conversation.__init__(other, self.system)
+        other._begin(self.adapter, self.documents)
+        return other
 
     def stream(self, text: str) -> Iterator[str]:
         """Say `text`; yields the answer piece by piece."""
@@ -433,20 +468,6 @@ class ChatSession(Conversation):
                 self._keep(past, text, pieces, ids, hits)
                 raise
             self._keep(past, text, pieces, ids, hits)
-
-    def _look_up(self, text: str) -> tuple[str, list]:
-        """What the model is asked when the user says `text`, and hits."""
-        if self._documents is None or not any(map(str.isalnum, text)):
-            return text, []
-        return self._documents.prompt(text)
-
-    def drawing(self, room: int) -> Options:
-        """`options` in full: for an answer of at most `room` tokens."""
-        penalty = RepetitionPenalty(self.repetition_penalty, prompt=False)
-        return replace(
-            self.options(), repetition_penalty=1, processors=(penalty,),
-            max_new_tokens=min(self.max_new_tokens or room, room),
-            stop_ids=tuple(self.tokenizer.special_tokens.values()))
 
     def _draw(self, ids: list[int], past: Sequence) -> TextStream:
         turns = ids.count(self.tokenizer.special_tokens["<|im_start|>"]) - 1

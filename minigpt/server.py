@@ -375,10 +375,10 @@ class Metrics:
         return metrics_text(dict(self.values), gauges)
 
 # %% ../nbs/11_server.ipynb #metricstext
-METRIC_KINDS = {"requests_total": "counter", "prompt_tokens_total": "counter",
-         "generated_tokens_total": "counter",
-         "first_token_seconds": "histogram",
-         "request_seconds": "histogram"}
+METRIC_KINDS = {
+    "requests_total": "counter", "prompt_tokens_total": "counter",
+    "generated_tokens_total": "counter", "request_seconds": "histogram",
+    "first_token_seconds": "histogram"}
 
 
 def metrics_text(values: dict[str, float], gauges: dict[str, float]) -> str:
@@ -846,7 +846,7 @@ class TextForm:
 
 # %% ../nbs/11_server.ipynb #choice
 def one_choice(form: ChatForm | TextForm, index: int, shape: dict,
-           tokens: list[Token] | None, reason: str | None) -> dict:
+               tokens: list[Token] | None, reason: str | None) -> dict:
     """One entry of `choices`."""
     return {"index": index, **shape, "finish_reason": reason,
             "logprobs": None if tokens is None else form.logprobs(tokens)}
@@ -869,11 +869,11 @@ def envelope(service: Service, form: ChatForm | TextForm) -> dict:
 
 # %% ../nbs/11_server.ipynb #envelope-1
 def whole_body(service: Service, form: ChatForm | TextForm,
-          asks: Sequence[Ask]) -> dict:
+               asks: Sequence[Ask]) -> dict:
     """The body of a finished response."""
     answers = [answer for ask in asks for answer in ask.answers]
-    choices = [one_choice(form, i, form.whole(a.text.text),
-                      None if a.top is None else a.tokens, a.finish_reason)
+    choices = [one_choice(form, i, form.whole(a.text.text), None if a.top
+                          is None else a.tokens, a.finish_reason)
                for i, a in enumerate(answers)]
     return envelope(service, form) | {"choices": choices,
                                       "usage": usage(asks)}
@@ -1103,10 +1103,11 @@ async def bounded(headers: dict[bytes, bytes], receive: Callable,
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > limits.max_body:
         raise too_large
-    body, more = b"", True
+    body, more, end = b"", True, time.monotonic() + limits.timeout
     try:
         while more:
-            message = await asyncio.wait_for(receive(), limits.timeout)
+            message = await asyncio.wait_for(receive(),
+                                             end - time.monotonic())
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > limits.max_body:
@@ -1234,7 +1235,8 @@ def add_page(app: FastAPI, ui: Any, style: dict,
         return app
     import gradio as gr
     auth = None if api_key is None else (
-        lambda _, key: hmac.compare_digest(key.encode(), api_key.encode()))
+        lambda _, key: hmac.compare_digest(
+            key.encode("utf-8", "surrogatepass"), api_key.encode()))
     note = "Any name; the password is the API key." if auth else None
     return gr.mount_gradio_app(app, ui, path="/", auth=auth,
                                auth_message=note, **style)

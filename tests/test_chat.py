@@ -624,6 +624,20 @@ def test_what_no_passage_fits_is_asked_as_it_is(shipped, notes):
         assert session.last.prompt_ids == ChatSession.prompt(session, text, session.exchanges[:-1])
 
 
+def test_passages_that_do_not_fit_are_left_out(shipped, small, tmp_path):
+    """Passages of signs that need a token each: as many as fit are read, in the small context none."""
+    for n in range(3):
+        (tmp_path / f"{n}.md").write_text(f"The treasure number {n} is buried at " + "\u2603 " * 150, encoding="utf-8")
+    question = "Where is the treasure buried?"
+    session = ChatSession(*shipped, temperature=0, max_new_tokens=4, documents=tmp_path)
+    wanted = session.documents.prompt(question)[1]
+    session.reply(question)
+    assert 0 < len(session.hits) < len(wanted) == 3 and session.hits == wanted[:len(session.hits)]
+    tiny = ChatSession(*small, max_new_tokens=4, documents=tmp_path)
+    tiny.reply(question)
+    assert tiny.hits == [] and tiny.last.prompt_ids == tiny.prompt(question, [])
+
+
 def test_the_record_goes_with_the_answer(shipped, notes, tmp_path):
     session = ChatSession(*shipped, temperature=0, documents=notes, max_new_tokens=20)
     assert session.last is None and session.hits == []
@@ -655,10 +669,10 @@ def test_siblings_at_once_with_other_adapters_and_documents(small, adapters, tmp
     def talk(n, first):
         session = first.sibling()
         session.adapter = [None, *adapters][n % 3]
-        session.documents, session.seed = folders[n % 4], n
+        session.documents, session.seed, session.system = folders[n % 4], n, f"Session{n}"
         seen = ""
-        for turn in range(4):
-            session.reply(f"Session{n} turn{turn}: where is the treasure buried?")
+        for _ in range(4):
+            session.reply("Where is the treasure buried?")
             assert session.hits
             seen += small[1].decode(session.last.prompt_ids)
         return session.exchanges, seen
@@ -674,7 +688,7 @@ def test_siblings_at_once_with_other_adapters_and_documents(small, adapters, tmp
         together = list(pool.map(lambda n: talk(n, first), range(8)))
     assert together == alone and first.exchanges == []
     for n, (_, seen) in enumerate(together):
-        assert f"place{n % 4}" in seen and not any(f"place{m}" in seen for m in range(4) if m != n % 4)
+        assert f"place{n % 4}" in seen and f"Session{n}" in seen and not any(f"place{m}" in seen for m in range(4) if m != n % 4)
         assert not any(f"Session{m}" in seen for m in range(8) if m != n)
 
 
