@@ -191,9 +191,7 @@ class ChatPage(widgets.VBox):
             "height": height, "overflow": "auto", "border": "1px solid gray",
             "display": "flex", "flex_flow": "column-reverse"})
         scroll.add_class("minigpt-chat")
-        style = widgets.HTML("<style>.minigpt-chat {overflow-anchor: none}"
-                             "</style>", layout={"display": "none"})
-        super().__init__([style, scroll, self.note, self.sources])
+        super().__init__([scroll, self.note, self.sources])
         self.refresh()
 
     def tell(self, note: str) -> None:
@@ -464,7 +462,8 @@ def foot(session: ChatSession) -> str:
     if session.forgotten and session.exchanges:
         note += (f" The model no longer sees the first {session.forgotten} "
                  "exchanges.")
-    return f"<p style='opacity:.75'>{note}</p>{sources_html(session)}"
+    return (f"<p data-exchanges='{len(session.exchanges)}' "
+            f"style='opacity:.75'>{note}</p>{sources_html(session)}")
 
 # %% ../nbs/10_chat_ui.ipynb #answers
 def as_shown(exchanges: Sequence[tuple[str, str]]) -> list[dict]:
@@ -491,7 +490,9 @@ def set_up(session: ChatSession, values: Sequence[float]) -> None:
     for name, value in zip(SLIDERS, values):
         whole = name in ("top_k", "max_new_tokens")
         value = int(value) if whole else float(value)
-        setattr(session, name, None if (name, value) == ("top_k", 0) else value)
+        if name == "top_k" and value == 0:
+            value = None                                   # all tokens
+        setattr(session, name, value)
     session.options()
 
 # %% ../nbs/10_chat_ui.ipynb #keep-files
@@ -648,8 +649,9 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
                              "then Enter", max_length=4000, autofocus=True,
                              submit_btn="Send")
             with gr.Row():
-                stop_it, retry, forget = (gr.Button(name, size="sm") for
-                                          name in ("Stop", "Again", "New chat"))
+                stop_it, retry, forget = (
+                    gr.Button(name, size="sm") for name in
+                    ("Stop", "Again", "New chat"))
             below = gr.HTML()
         with gr.Column(scale=1, min_width=240):
             sliders = setting_sliders(visitors.first)
