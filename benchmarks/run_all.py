@@ -37,8 +37,11 @@ RUNS = {
     "speculative": "speculative.py",
     "lora_step": "lora_step.py",
     "retrieval": "retrieval.py",
+    "serve": "serve.py",
     "gpu_train": "gpu_train.py",
 }
+# Scripts that measure something else than speed; run them by hand.
+OTHERS = {"soak.py", "finetune_packing.py"}
 
 
 def why_not(script: str) -> str:

@@ -68,6 +68,8 @@ SPECS = {
     "retrieval": Spec("Keyword search", "BM25 over 10,000 passages; all engines get the same lists of words.", (), ("engine",),
                       (Metric("indexing, seconds", "index_s", "index_min", "index_max", True),
                        Metric("a query, ms", "query_ms", "query_min", "query_max", True)), "09_rag"),
+    "serve": Spec("Serving", "The server with several clients at once, against one client.", ("clients",), (),
+                  (Metric("times the tokens of one client", "speedup", "", ""),), "11_server"),
     "gpu_train": Spec("Training on one graphics card", "GPT-2 small in bfloat16.", (), ("model",), SPEED, "04_training"),
 }
 
@@ -117,7 +119,7 @@ def ratios(bench: str, rows: list[dict]) -> list[Ratio]:
     for row in rows:
         for metric in spec.metrics:
             if not spec.who:                       # the row is a ratio already
-                if row.get("draft") == "none":
+                if row.get("draft") == "none" or row.get("clients") == 1:
                     continue
                 low, high = row.get(metric.low), row.get(metric.high)
                 found.append(Ratio(bench, named(row, spec.group), metric.name, "minigpt", "", row[metric.value], 1.0,
