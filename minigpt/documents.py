@@ -10,9 +10,10 @@ __all__ = ['MAX_BYTES', 'HEADING', 'FENCE', 'HIDDEN', 'INLINE', 'LOADERS', 'BREA
 # %% ../nbs/09_rag.ipynb #imports-documents
 import json
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -41,8 +42,13 @@ class Document:
 
     def place(self, offset: int) -> str:
         """The page, the cell or the line of character `offset`."""
-        line = self.text.count("\n", 0, offset) + 1
-        return last_before(self.places, offset) or f"line {line}"
+        line = f"line {bisect_left(self.line_ends, offset) + 1}"
+        return last_before(self.places, offset) or line
+
+    @cached_property
+    def line_ends(self) -> list[int]:
+        """The offset of each line break."""
+        return [match.start() for match in re.finditer("\n", self.text)]
 
 # %% ../nbs/09_rag.ipynb #read-bytes
 MAX_BYTES = 50_000_000
@@ -75,7 +81,7 @@ def decode(data: bytes, path: str | Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 # %% ../nbs/09_rag.ipynb #markdown-headings
-HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*\s*$")
+HEADING = re.compile(r"(#{1,6})\s+(\S.*)")
 FENCE = re.compile(r"\s*(```|~~~)")
 
 
@@ -100,7 +106,9 @@ def markdown_headings(text: str, at: int = 0, path: list | None = None
 # %% ../nbs/09_rag.ipynb #open-heading
 def open_heading(path: list[tuple[int, str]], marks: str, title: str) -> str:
     """Close what a heading closes, open it; all open ones, "A > B"."""
-    level = len(marks)
+    level, title = len(marks), title.strip()
+    bare = title.rstrip("#")                       # "## Rye ##", but not C#
+    title = bare.rstrip() if bare[-1:].isspace() else title
     path[:] = [(n, text) for n, text in path if n < level]
     path.append((level, title))
     return " > ".join(text for _, text in path)
@@ -134,7 +142,7 @@ def notebook_document(data: bytes, path: Path, source: str) -> Document:
     return Document(source, text, headings, places)
 
 # %% ../nbs/09_rag.ipynb #page-parser
-HIDDEN = {"script", "style", "template", "noscript", "head", "svg", "iframe"}
+HIDDEN = {"script", "style", "template", "noscript", "title", "svg", "iframe"}
 INLINE = set("a abbr b bdi bdo cite code data dfn em font i kbd mark q s "
              "samp small span strong sub sup time tt u var wbr".split())
 
@@ -144,9 +152,9 @@ class PageParser(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.text, self.hidden, self.pre = "", [], 0
+        self.parts, self.size, self.hidden, self.pre = [], 0, [], 0
         self.path, self.headings, self.places = [], [], []
-        self.begin = 0                                 # of the open heading
+        self.begin = 0, 0            # of the open heading: part and offset
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         if tag in HIDDEN:
@@ -154,7 +162,8 @@ class PageParser(HTMLParser):
         elif tag not in INLINE:
             self.add("\n" if tag in ("br", "li", "tr") else "\n\n")
         self.pre += tag == "pre"
-        self.begin = len(self.text)
+        if re.fullmatch("h[1-6]", tag):
+            self.begin = len(self.parts), self.size
 
 # %% ../nbs/09_rag.ipynb #page-parser2
 class PageReader(PageParser):
@@ -164,9 +173,9 @@ class PageReader(PageParser):
         if tag in self.hidden:
             del self.hidden[self.hidden.index(tag):]
         elif re.fullmatch("h[1-6]", tag) and not self.hidden:
-            title = " ".join(self.text[self.begin:].split())
+            title = " ".join("".join(self.parts[self.begin[0]:]).split())
             name = open_heading(self.path, "#" * int(tag[1]), title)
-            self.headings.append((self.begin, name))
+            self.headings.append((self.begin[1], name))
         self.pre = max(0, self.pre - (tag == "pre"))
         if tag not in INLINE and tag not in HIDDEN:
             self.add("\n\n" if tag not in ("br", "li", "tr", "td", "th")
@@ -178,10 +187,11 @@ class PageReader(PageParser):
     def add(self, text: str) -> None:
         """Append text, but no blanks after white space."""
         if self.hidden or text.isspace() and not self.pre and (
-                self.text.endswith("\n\n") or not self.text):
+                not self.parts or self.parts[-1].endswith("\n\n")):
             return
-        self.places.append((len(self.text), f"line {self.getpos()[0]}"))
-        self.text += text
+        self.places.append((self.size, f"line {self.getpos()[0]}"))
+        self.parts.append(text)
+        self.size += len(text)
 
 # %% ../nbs/09_rag.ipynb #html-loader
 def html_document(data: bytes, path: Path, source: str) -> Document:
@@ -189,7 +199,8 @@ def html_document(data: bytes, path: Path, source: str) -> Document:
     reader = PageReader()
     reader.feed(decode(data, path))
     reader.close()
-    return Document(source, reader.text, reader.headings, reader.places)
+    return Document(source, "".join(reader.parts), reader.headings,
+                    reader.places)
 
 # %% ../nbs/09_rag.ipynb #pdf-loader
 def pdf_document(data: bytes, path: Path, source: str) -> Document:
@@ -229,7 +240,8 @@ def parse_document(data: bytes, path: Path, source: str) -> Document:
     if not document.text.strip():
         raise ValueError(f"{path} holds no text: if it is a scan, run it "
                          "through text recognition first")
-    return document
+    text = document.text.encode("utf-8", "replace").decode("utf-8")
+    return replace(document, text=text)
 
 # %% ../nbs/09_rag.ipynb #load-document
 def load_document(path: str | Path, max_bytes: int = MAX_BYTES) -> Document:
@@ -313,18 +325,19 @@ def chunk_spans(units: Sequence[tuple[int, int, bool]], size: int,
                 overlap: int) -> list[tuple[int, int]]:
     """Join units to (start, end) of at most `size` characters; each span
     repeats up to `overlap` characters of the one before."""
-    spans, i = [], 0
-    while i < len(units):
-        begin, j = units[i][0], i + 1
+    spans, i, j = [], 0, 0
+    while j < len(units):
+        begin, j, done = units[i][0], max(i, j) + 1, j
         while j < len(units) and units[j][1] - begin <= size:
             j += 1
-        ends = [n for n in range(i + 1, j + 1) if units[n - 1][2]
+        ends = [n for n in range(done + 1, j + 1) if units[n - 1][2]
                 and units[n - 1][1] - begin >= size / 2]
         j = ends[-1] if ends and j < len(units) else j
         spans.append((begin, units[j - 1][1]))
         i = j
         while (j < len(units) and units[i - 1][0] > begin
-               and units[j - 1][1] - units[i - 1][0] <= overlap):
+               and units[j - 1][1] - units[i - 1][0] <= overlap
+               and units[j][1] - units[i - 1][0] <= size):
             i -= 1
     return spans
 

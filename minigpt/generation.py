@@ -1334,12 +1334,8 @@ class Speculative:
         self.result.steps += 1
         new, accepted = [], 0
         for i, guess in enumerate([*self.guesses, None]):
-            p = self.model_chances(logits[:, i])
-            if guess is None:                  # all were right: one for free
-                token, = pick(p.log()[None], [self.rng])
-            else:
-                q = self.chances[i] if self.chances else None
-                token = judge(guess, p, q, self.rng)
+            q = self.chances[i] if self.chances and guess is not None else None
+            token = self.choose(logits[:, i], guess, q)
             alive = self.result.add(
                 token, token_logprobs(logits[:, i], [token])[0],
                 self.options, self.limit)
@@ -1357,10 +1353,16 @@ class Speculative:
             self.ids, min(self.count, room), self.rng)
         return Move(new, [[token, *self.guesses]], forget=forget)
 
-    def model_chances(self, logits: Tensor) -> Tensor:
-        """The model's chances (V,) after the processors."""
+    def choose(self, logits: Tensor, guess: int | None,
+               q: Tensor | None) -> int:
+        """The token at the place of a guess; at the place after all of
+        them, where guess is None, one is drawn for free."""
         shaped = apply(self.chain, [self.ids], logits, len(self.result.ids))
-        return as_chances(shaped, self.options.temperature)[0]
+        if self.options.temperature == 0:
+            return pick_best(shaped)[0]
+        if guess is None:
+            return pick(shaped, [self.rng])[0]
+        return judge(guess, as_chances(shaped, 1)[0], q, self.rng)
 
 # %% ../nbs/05_generation.ipynb #speculate
 def speculate(model: GPT2, draft: GPT2 | Draft, ids: Sequence[int] | Tensor,

@@ -70,7 +70,7 @@ def lora_loss(model: nn.Module, ids: Tensor, targets: Tensor,
     ids, targets: (B, T); positions with the target -100 never reach the head.
     """
     head, device = getattr(model, "module", model).wte.weight, ids.device.type
-    if head.requires_grad:
+    if head.requires_grad or dtype == torch.float16:  # its scaling comes later
         return summed_loss(model, ids, targets, dtype)
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         x = model(ids, head=False).flatten(0, 1)           # (N, C)

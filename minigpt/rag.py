@@ -7,9 +7,10 @@ __all__ = ['STOP', 'FAISS_FROM', 'KINDS', 'FORMAT', 'FILE', 'COURSE', 'THRESHOLD
            'count_words', 'best', 'BM25', 'build_bm25', 'stem', 'words', 'query_words', 'index_words', 'ModelEmbedder',
            'mean_states', 'weights_hash', 'Dense', 'faiss_index', 'SentenceEmbedder', 'open_embedder', 'fuse', 'mmr',
            'diverse', 'map_tensors', 'as_bytes', 'from_bytes', 'Records', 'save_index', 'open_index', 'Part',
-           'known_parts', 'read_parts', 'embed_parts', 'identity', 'same_embedder', 'Hit', 'Index', 'check_query',
-           'rank_passages', 'build_index', 'coverage', 'reading_prompt', 'plain', 'sentences', 'Citation', 'span',
-           'cite_sentence', 'cite', 'Answer', 'quote', 'supported', 'RAG', 'read_prompt', 'shorten', 'open_documents']
+           'known_parts', 'reusable_parts', 'read_parts', 'embed_parts', 'identity', 'same_embedder', 'Hit', 'Index',
+           'check_query', 'rank_passages', 'build_index', 'coverage', 'reading_prompt', 'plain', 'sentences',
+           'Citation', 'span', 'cite_sentence', 'cite', 'Answer', 'quote', 'supported', 'RAG', 'read_prompt', 'shorten',
+           'open_documents']
 
 # %% ../nbs/09_rag.ipynb #imports
 import hashlib
@@ -521,17 +522,28 @@ class Part:
     vectors: np.ndarray | None = None
 
 
-def known_parts(old: "Index | None") -> dict[tuple[str, str], Part]:
+def known_parts(old: "Index") -> dict[tuple[str, str], Part]:
     """The parts of an index by (name, sha256); all of it read, not mapped,
     so that its file may be replaced."""
     known, a = {}, 0
-    for name, sha256, count in old.sources if old else ():
+    for name, sha256, count in old.sources:
         vectors = np.array(old.dense.vectors[a:a + count]) \
             if old.dense else None
         known[name, sha256] = Part(name, sha256, [
             old.passages[n] for n in range(a, a + count)], vectors)
         a += count
     return known
+
+# %% ../nbs/09_rag.ipynb #reusable-parts
+def reusable_parts(to: str | Path | None, settings: dict) -> dict:
+    """The known parts of the index in folder `to`, {} if there is none."""
+    if to is None or not (Path(to) / FILE).exists():
+        return {}
+    try:
+        old = open_index(to)
+    except ValueError as error:
+        raise ValueError(f"{error}, after deleting that file") from None
+    return known_parts(old) if old.settings == settings else {}
 
 # %% ../nbs/09_rag.ipynb #read-parts
 def read_parts(found: Sequence[tuple[Path, str, bool]], known: dict,
@@ -723,10 +735,7 @@ def build_index(cls: type, sources, to: str | Path | None, embedder,
     found, embedder = find_documents(sources), open_embedder(embedder)
     settings = {"size": size, "overlap": overlap,
                 "embedder": identity(embedder)}
-    old = None
-    if to is not None and (Path(to) / FILE).exists():
-        old = open_index(to)
-    known = known_parts(old) if old and old.settings == settings else {}
+    known = reusable_parts(to, settings)
     parts, skipped = read_parts(found, known, settings, max_bytes)
     passages = [p for part in parts for p in part.passages]
     index = cls(Records.of(passages),

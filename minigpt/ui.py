@@ -694,7 +694,7 @@ def standings(votes: Votes) -> str:
         f"<tr><td>{escape(name)}</td><td>{r.value:.0f}</td>"
         f"<td>{r.low:.0f} to {r.high:.0f}</td></tr>"
         for name, r in rate(counted, samples=100).items())
-    return (f"<p>{len(counted)} votes.</p><table><tr><th>System</th><th>"
+    return (f"<p>Votes: {len(counted)}</p><table><tr><th>System</th><th>"
             f"Rating</th><th>95 % interval</th></tr>{rows}</table>")
 
 # %% ../nbs/10_chat_ui.ipynb #duel-tab

@@ -214,14 +214,13 @@ def contrast(page, selector: str) -> float:
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
-def test_readable_in_both_themes(page, theme, ledger):
+def test_readable_in_both_themes(page, theme):
     page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
     light = str(theme.endswith("Light")).lower()
     page.wait_for_function("want => document.body.dataset.jpThemeLight == want && !document.querySelector("
                            "'.jp-mod-loading')", arg=light)
     time.sleep(1)
     low = min(contrast(page, f".minigpt-chat .said-{role}") for role in ("user", "assistant"))
-    ledger(f"Least contrast of the chat widget's text, {theme}", round(low, 2), bound=4.5)
     shot(page, theme.split()[1].lower() + "-theme")
     assert low >= 4.5                                  # WCAG AA
 
@@ -249,7 +248,7 @@ def small():
 @pytest.mark.parametrize("settings", [
     dict(temperature=1.3, top_k=6, top_p=None, repetition_penalty=1.0),
     dict(temperature=0.8, top_k=None, top_p=0.02, repetition_penalty=1.4)])
-def test_the_shown_chances_are_those_of_drawing(small, settings):
+def test_the_shown_chances_are_those_of_drawing(small, settings, ledger):
     """Against 500 draws of chapter 05's loop from the same place; without a penalty (which it would not see), and
     with one against the softmax computed by hand."""
     session = ChatSession(*small, seed=3, max_new_tokens=12, **settings)
@@ -263,7 +262,9 @@ def test_the_shown_chances_are_those_of_drawing(small, settings):
     p, order = (logits / settings["temperature"]).softmax(-1).sort(descending=True)
     keep = torch.arange(len(p)) < settings["top_k"] if settings["top_k"] else p.cumsum(0) - p < settings["top_p"]
     by_hand = torch.zeros_like(p).scatter(0, order, p * keep / (p * keep).sum())
-    assert [c for _, _, c in rows] == pytest.approx([by_hand[t].item() for t, _, _ in rows], abs=1e-5)
+    worst = max(abs(c - by_hand[t].item()) for t, _, c in rows)
+    ledger("Next-token chances in the chat widget, largest difference", worst, peer="torch", bound=1e-5)
+    assert worst < 1e-5
     if settings["repetition_penalty"] == 1:
         from dataclasses import replace
         once = replace(session.drawing(1), seed=0, stop_ids=())

@@ -198,7 +198,7 @@ def test_stop_and_again(ada):
     assert again.startswith(first) and len(again) > len(first) and len(ada.texts("user")) == 5   # greedy: it goes on
 
 
-def test_a_second_person_is_apart(ada, server, browser):
+def test_a_second_person_is_apart(ada, server, browser, alone):
     """Another browser sees an empty page, and its model knows no name; both stream at once."""
     bob = Person(browser, server[0], color_scheme="dark")
     bob.set("temperature", "0")
@@ -206,13 +206,13 @@ def test_a_second_person_is_apart(ada, server, browser):
     mine = ada.texts("bot")
     ada.say("What is a violin?")
     bob.say("What is my name?")
-    assert bob.hear(1) == ChatSession(temperature=0).reply("What is my name?") and "Ada" not in bob.texts("bot")[0]
+    assert bob.hear(1) == alone.sibling().reply("What is my name?") and "Ada" not in bob.texts("bot")[0]
     assert ada.hear(6) and ada.texts("bot")[:5] == mine
     bob.shot("dark")
     bob.context.close()
 
 
-def test_documents_are_asked_and_cited(ada, tmp_path):
+def test_documents_are_asked_and_cited(ada, tmp_path, alone):
     (tmp_path / "harbor.md").write_text(HARBOR, encoding="utf-8")
     ada.press("New chat")
     ada.page.wait_for_function("() => !document.querySelector('[data-testid=bot]')")
@@ -221,7 +221,8 @@ def test_documents_are_asked_and_cited(ada, tmp_path):
     chooser.value.set_files([str(tmp_path / "harbor.md")])
     ada.page.wait_for_function("() => [...document.querySelectorAll('input')].some(e => e.value == 'my upload')")
     ada.say("When does the ferry leave?")
-    own = ChatSession(temperature=0, documents=tmp_path)
+    own = alone.sibling()
+    own.documents = tmp_path
     own.reply("When does the ferry leave?")
     assert ada.hear(1) == own.exchanges[0][1] and own.hits and own.citations
     sources = ada.page.locator("details")
@@ -241,10 +242,14 @@ def test_a_file_that_cannot_be_read_is_told(ada, tmp_path):
     ada.page.get_by_test_id("toast-close").first.click()
 
 
-def test_adapters_are_chosen_and_uploaded(ada, adapter):
+def test_adapters_are_chosen_and_uploaded(ada, adapter, alone):
     """The same question: plain, with the owner's adapter, plain again, with an uploaded one."""
     question = "What is a violin?"
-    plain, noisy = (ChatSession(temperature=0, max_new_tokens=24, adapter=a).reply(question) for a in (None, adapter))
+    own = alone.sibling()
+    own.max_new_tokens = 24
+    plain = own.reply(question)
+    own.adapter = adapter
+    noisy = "".join(own.regenerate())
     assert plain != noisy
     ada.set("length", "24")
     choice = ada.page.get_by_label("Documents")
@@ -267,7 +272,7 @@ def test_adapters_are_chosen_and_uploaded(ada, adapter):
     assert ada.hear(1) == noisy
 
 
-def test_compare_and_vote(ada, server):
+def test_compare_and_vote(ada, server, alone):
     """Two answers, blind; a click on one writes a vote for the system that gave it."""
     page, file = ada.page, server[1] / "votes.jsonl"
     page.get_by_role("tab", name="Compare").click()
@@ -276,7 +281,7 @@ def test_compare_and_vote(ada, server):
     ada.press("Ask both")
     page.wait_for_function("() => !document.querySelector('button:disabled')", timeout=60_000)
     left, right = (page.get_by_label(side, exact=True).input_value() for side in ("Left", "Right"))
-    greedy = ChatSession(temperature=0).reply("What is a whale?")
+    greedy = alone.sibling().reply("What is a whale?")
     assert greedy in (left, right)
     assert "plain model, greedy" not in page.locator(".prose").all_inner_texts()
     ada.press("Left is better" if left == greedy else "Right is better")
