@@ -1,7 +1,8 @@
 """The exactness page: what the tests measured against peers and slow versions, as a table.
 
     python tools/exactness.py run          run the tests that note figures, then write nbs/exactness.json and .md
-    python tools/exactness.py run FILE ...    only those of some test files; the other figures stay
+    python tools/exactness.py run FILE ...    only those of some test files, or FILE::TEST; the other figures stay
+    python tools/exactness.py run new         only those that have no figures in the table yet
     python tools/exactness.py read FILE    the same from a file that MINIGPT_LEDGER=FILE python -m pytest has written
     python tools/exactness.py page         only write nbs/exactness.md from nbs/exactness.json
 
@@ -21,6 +22,7 @@ import sys
 import tempfile
 from datetime import date
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, PAGE = ROOT / "nbs" / "exactness.json", ROOT / "nbs" / "exactness.md"
@@ -93,17 +95,29 @@ def ledger_tests() -> dict[str, str]:
     return found
 
 
-def run(files: list[str]) -> list[dict]:
-    """Run the tests that note figures, all or those of some files; all figures, the others as they were."""
-    names = {Path(f).name for f in files}
-    wanted = [node for name, node in ledger_tests().items() if not names or name.partition("::")[0] in names]
-    path = Path(tempfile.mkdtemp()) / "ledger.jsonl"
-    subprocess.run([sys.executable, "-m", "pytest", "-q", *wanted], cwd=ROOT, check=True,
-                   env=os.environ | {"MINIGPT_LEDGER": str(path)})
+def run(chosen: list[str]) -> list[dict]:
+    """Run the tests that note figures, all or those chosen; all figures, the others as they were."""
     there = ledger_tests()
-    kept = json.loads(DATA.read_text(encoding="utf-8"))["rows"] if names else []
-    kept = [r for r in kept if r["test"].partition("::")[0] not in names and r["test"] in there]
-    return sorted(kept + read_ledger(path), key=place)
+    known = json.loads(DATA.read_text(encoding="utf-8"))["rows"] if chosen else []
+    if chosen == ["new"]:
+        names = set(there) - {row["test"] for row in known}
+    else:
+        names = {name for name in there if not chosen or any(name.startswith(Path(c).name) for c in chosen)}
+    wanted = [there[name] for name in sorted(names)]
+    if not wanted:
+        return [row for row in known if row["test"] in there]
+    folder = Path(tempfile.mkdtemp())
+    path, report = folder / "ledger.jsonl", folder / "report.xml"
+    path.touch()
+    subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *wanted], cwd=ROOT,
+                   env=os.environ | {"MINIGPT_LEDGER": str(path)})
+    failed = {f"{case.get('classname').rpartition('.')[2]}.py::{case.get('name').partition('[')[0]}"
+              for case in ElementTree.parse(report).iter("testcase") if case.find("failure") is not None
+              or case.find("error") is not None}
+    if failed:
+        print("left out, because they failed:", *sorted(failed))
+    kept = [r for r in known if r["test"] in there and r["test"] not in names]
+    return sorted(kept + [r for r in read_ledger(path) if r["test"] not in failed], key=place)
 
 
 def place(row: dict) -> tuple:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB = ROOT / "minigpt"
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 # A line of a docstring that explains an argument: "size: characters of a piece" or "k and v (..., S, D): keys".
 ARGUMENT = re.compile(r"`?([A-Za-z_][\w.]*(?:(?:, | and |, and )[A-Za-z_][\w.]*)*)`?((?: \([^)]*\))?): (?=\S)")
 OWN_PARAGRAPH = re.compile(r"(Returns?|Raises?|Yields?|Follows|Attributes?|Methods?|Needs|See|Paper)\b")
@@ -68,14 +69,15 @@ def function(node: ast.FunctionDef, prefix: str = "") -> Name:
     if "property" in decorators:
         returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
         return Name(prefix + node.name, f"{prefix}{node.name}{returns}", doc)
-    return Name(prefix + node.name, wrapped(prefix + node.name, *arguments(node)), doc)
+    kind = "async " * isinstance(node, ast.AsyncFunctionDef)
+    return Name(prefix + node.name, kind + wrapped(prefix + node.name, *arguments(node)), doc)
 
 
 def members(node: ast.ClassDef) -> list[Name]:
     """The public methods and properties of a class, and its attributes with a type, in order."""
     found = []
     for item in node.body:
-        if isinstance(item, ast.FunctionDef) and not item.name.startswith("_"):
+        if isinstance(item, FUNCTION) and not item.name.startswith("_"):
             found.append(function(item, f"{node.name}."))
     return found
 
@@ -104,7 +106,7 @@ def read_module(path: Path) -> Module:
         if targets and isinstance(targets[0], ast.Name) and targets[0].id == "__all__":
             exported = set(ast.literal_eval(node.value))
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name in exported:
+        if isinstance(node, FUNCTION) and node.name in exported:
             names.append(function(node))
         elif isinstance(node, ast.ClassDef) and node.name in exported:
             names.append(klass(node))
