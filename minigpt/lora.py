@@ -37,13 +37,14 @@ class FrozenHead(torch.autograd.Function):
     x (N, C), weight (V, C), targets (N,). The gradient of x is computed
     on the way forward, so that no logits are kept.
     """
-    PIECE = 2**22
+    PIECE = 2**24                                      # logits at a time
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         total, dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x)
-        size = max(1, FrozenHead.PIECE // len(weight))
-        for i in range(0, len(x), size):
+        pieces = math.ceil(len(x) * len(weight) / FrozenHead.PIECE)
+        size = math.ceil(len(x) / max(1, pieces))
+        for i in range(0, len(x), size or 1):
             to = targets[i:i + size, None]
             p = F.linear(x[i:i + size], weight).float()    # (n, V)
             p -= p.amax(1, keepdim=True)
