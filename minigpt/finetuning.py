@@ -32,10 +32,10 @@ from .data import (DATA, SEPARATOR, ChatRenderer, RowEncoder, Windows,
 from .evaluation import score_chats, score_texts
 from .generation import Decoder, Generation, generate
 from .gpt2 import GPT2
-from .training import (Batches, Checkpoints, Phase, Ranks, Run, Stepper,
-                              TokenArray, TrainConfig, TrainResult, check_memory,
-                              check_run, join_ranks, resume_run, run_loop,
-                              sync_gradients, train, whole_model)
+from .training import (Batches, Checkpoints, Phase, Ranks, Run,
+                              Stepper, TokenArray, TrainConfig, TrainResult,
+                              check_memory, check_run, join_ranks, resume_run,
+                              run_loop, sync_gradients, train, whole_model)
 
 # %% ../nbs/07_finetuning.ipynb #reply
 def reply_all(model: GPT2, renderer: ChatRenderer,
