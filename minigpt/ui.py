@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SIDES', 'BOX', 'SLIDERS', 'LABELS', 'ENDED', 'OWN', 'ENDINGS', 'BUSY', 'bubble', 'chat_html', 'next_tokens',
            'chances', 'bars_html', 'paced', 'sliders', 'sources_html', 'ChatPage', 'TokenBars', 'MessageBox',
-           'ChatWidget', 'Visitors', 'model_card', 'foot', 'as_shown', 'answers', 'set_up', 'keep_files', 'interrupt',
+           'ChatWidget', 'interrupt', 'Visitors', 'model_card', 'foot', 'as_shown', 'answers', 'set_up', 'keep_files',
            'told', 'setting_sliders', 'file_choice', 'chat_tab', 'duel', 'standings', 'duel_tab', 'page_style',
            'check_folder', 'gradio_app']
 
@@ -369,6 +369,19 @@ class ChatWidget(widgets.VBox):
             "text/html": chat_html(self.session.messages, "(Nothing said "
                                    "yet. Run this cell to chat.)")}
 
+# %% ../nbs/10_chat_ui.ipynb #interrupt
+def interrupt(session: ChatSession, act: Callable[[], object]) -> None:
+    """End the answer that is coming, then act."""
+    session.stop()
+    for _ in range(100):
+        try:
+            act()
+            return
+        except RuntimeError as error:                      # not ended yet
+            last = error
+            time.sleep(0.05)
+    raise last
+
 # %% ../nbs/10_chat_ui.ipynb #visitors
 class Visitors:
     """A ChatSession for everyone who talks, from page to goodbye.
@@ -503,19 +516,6 @@ def keep_files(files: Sequence[str | Path], folder: Path) -> Path:
     for file in files:
         shutil.copy(file, folder / Path(file).name)
     return folder
-
-# %% ../nbs/10_chat_ui.ipynb #interrupt
-def interrupt(session: ChatSession, act: Callable[[], object]) -> None:
-    """End the answer that is coming, then act."""
-    session.stop()
-    for _ in range(100):
-        try:
-            act()
-            return
-        except RuntimeError as error:                      # not ended yet
-            last = error
-            time.sleep(0.05)
-    raise last
 
 # %% ../nbs/10_chat_ui.ipynb #told
 def told(function: Callable) -> Callable:
