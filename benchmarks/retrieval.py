@@ -7,7 +7,8 @@ With BENCH_THREADS=1 the times are CPU times.
 Passages are pieces of about 60 words of text-20mb.txt, queries are 6 words drawn from a passage. All engines get the
 same word lists (lower case, \\w+), so that tokenisation isn't part of the time; `tokenise_s` in the JSON gives it apart.
 bm25s is asked query by query and, in its own row, for all queries in one call.
-`same_top1` is the share of queries whose best passage is rank_bm25's (BM25 variants differ a little in scoring).
+`same_top1` is the share of queries whose best passage is rank_bm25's. BM25 variants differ in how they weigh a word that
+stands in many passages (idf): the row `minigpt` uses rank_bm25's weight, `minigpt, lucene idf` that of bm25s.
 """
 from __future__ import annotations
 
@@ -40,14 +41,17 @@ def prepare(n_passages, n_queries):
     return str(path), tokenise_s
 
 
-def load_project():
-    """Plug the project in here: return index(docs: lists of words) -> search(query words) -> [passage numbers]."""
+def load_project(idf):
+    """Plug the project in here: return index(docs: lists of words) -> search(query words) -> [passage numbers].
+
+    idf: "okapi" is rank_bm25's formula, "lucene" (bm25s's, and the default of minigpt's Index) the other one.
+    """
     if c.project() is None:
         return None
-    from minigpt.rag import BM25  # rank_bm25's idf, so that the same formula is compared
+    from minigpt.rag import BM25
 
     def index(docs):
-        built = BM25.build(docs, idf="okapi")
+        built = BM25.build(docs, idf=idf)
         return lambda query: built.search(query, TOP)[0].tolist()
     return index
 
@@ -113,12 +117,14 @@ def use_sketch(docs):
 
 
 ENGINES = {"rank_bm25": use_rank_bm25, "bm25s": use_bm25s, "bm25s, one call": use_bm25s_batch,
-           "NumPy sketch": use_sketch, "minigpt": None}
+           "NumPy sketch": use_sketch, "minigpt": "okapi", "minigpt, lucene idf": "lucene"}
 MODULES = {"rank_bm25": "rank_bm25", "bm25s": "bm25s", "bm25s, one call": "bm25s", "NumPy sketch": "numpy"}
 
 
 def one(name, path):
-    make = ENGINES[name] or load_project()
+    make = ENGINES[name]
+    if isinstance(make, str):
+        make = load_project(make)
     if make is None:
         return None
     if name in MODULES:

@@ -1,19 +1,11 @@
 """The text box of chapter 02 in a real JupyterLab: a typed sentence makes a new drawing."""
 import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from browsers import BROWSER, ROOT, jupyter_lab, launch, run_all_cells
 
-ROOT = Path(__file__).resolve().parent.parent
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytest.importorskip("playwright", reason="playwright is not installed")
 pytest.importorskip("jupyterlab", reason="jupyterlab is not installed")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -34,45 +26,17 @@ def shortened(nb):
 @pytest.fixture
 def lab(tmp_path):
     nb = json.loads((ROOT / "nbs" / "02_attention.ipynb").read_text(encoding="utf-8"))
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "attention.ipynb").write_text(json.dumps(shortened(nb)), encoding="utf-8")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data"),
-                        "JUPYTER_RUNTIME_DIR": str(tmp_path / "run"), "IPYTHONDIR": str(tmp_path / "ipython"),
-                        "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1",
-         "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={tmp_path / 'work'}",
-         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"],
-        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2)
-                break
-            except (urllib.error.URLError, OSError):
-                assert server.poll() is None, "JupyterLab stopped"
-                time.sleep(0.5)
-        else:
-            pytest.fail("JupyterLab did not start")
-        yield f"http://127.0.0.1:{port}/lab/tree/attention.ipynb?reset"
-    finally:
-        server.terminate()
-        server.wait(timeout=20)
+    with jupyter_lab(tmp_path, "attention.ipynb", shortened(nb)) as address:
+        yield address
 
 
 def test_a_typed_sentence_is_drawn(lab):
     from playwright.sync_api import expect, sync_playwright
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        browser = launch(play)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.route("**/*", lambda r: r.continue_() if "127.0.0.1" in r.request.url else r.abort())
-        page.goto(lab)
-        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        run_all_cells(page, lab)
         box = page.locator(".widget-text input").first
         box.wait_for(state="attached", timeout=90_000)
         box.scroll_into_view_if_needed()

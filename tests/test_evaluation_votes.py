@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browsers import BROWSER, launch
 
 from minigpt.evaluation import (
     Ballot, Match, Vote, Votes, agreement, bradley_terry, krippendorff_alpha, make_matches, rate, sign_test,
@@ -373,12 +373,11 @@ def tab(tmp_path):
 def test_vote_tab_in_a_browser(tab):
     """Two visitors with a name each vote in Chromium; every click is in the file, and nobody sees a system's name."""
     api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
+    if not BROWSER:
         pytest.skip("no Chromium on this machine")
     url, path = tab
     with api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        browser = launch(p)
         pages = {}
         for rater in ("ada", "bob"):
             page = pages[rater] = browser.new_context().new_page()

@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browsers import BROWSER, launch
 
 from minigpt import ui
 from minigpt.bpe import BPETokenizer
@@ -22,7 +22,6 @@ from minigpt.evaluation import Votes
 from minigpt.gpt2 import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # A connection of the server's process to anywhere but this machine is refused, and noted.
 GUARD = """
 import ipaddress, os, socket
@@ -92,7 +91,7 @@ def browser():
     if BROWSER is None:
         pytest.skip("no Chromium on this machine")
     with api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        browser = launch(play)
         yield browser
         browser.close()
 

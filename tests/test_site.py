@@ -3,12 +3,12 @@ import http.server
 import importlib.util
 import json
 import re
-import shutil
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from browsers import BROWSER, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -218,12 +218,11 @@ def test_quarto_gets_the_same_pages(tmp_path):
 
 @pytest.fixture(scope="session")
 def browser():
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not executable:
+    if not BROWSER:
         pytest.skip("no Chromium here")
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        opened = launch(p)
         yield opened
         opened.close()
 

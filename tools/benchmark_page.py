@@ -65,7 +65,7 @@ SPECS = {
                         ("draft", "guesses"), (), (Metric("times plain decoding", "vs_plain", "", ""),), "05_generation"),
     "lora_step": Spec("A LoRA step", "Rank 8 on all matrices of the blocks, against full fine-tuning and peft.",
                       ("config", "dtype"), ("engine", "method"), SPEED, "08_lora"),
-    "retrieval": Spec("Keyword search", "BM25 over 10,000 passages; all engines get the same lists of words.", (), ("engine",),
+    "retrieval": Spec("Keyword search", "BM25 over 10,000 passages; all engines get the same lists of words. The row minigpt weighs words as rank_bm25 does, the other as bm25s does.", (), ("engine",),
                       (Metric("indexing, seconds", "index_s", "index_min", "index_max", True),
                        Metric("a query, ms", "query_ms", "query_min", "query_max", True)), "09_rag"),
     "serve": Spec("Serving", "The server with several clients at once, against one client.", ("clients",), (),
