@@ -324,7 +324,7 @@ class FinetuneResult(TrainResult):
         rows = [f"{'':20}{'before':>10}{'after':>10}"]
         for name, value in self.before.items():
             after = self.after.get(name, math.nan)
-            rows.append(f"{name:20}{value:10.3f}{after:10.3f}")
+            rows.append(f"{name:20}{value:10.3f} {after:9.3f}")
         return "\n".join(rows)
 
 # %% ../nbs/07_finetuning.ipynb #checks
