@@ -52,7 +52,7 @@ def load_project(vocab, compiled):
     model = GPT2(GPT2Config(vocab_size=vocab, block_size=CFG["block"], n_layer=CFG["n_layer"], n_head=CFG["n_head"],
                             n_embd=CFG["n_embd"])).cuda().train()
     loss = torch.compile(summed_loss) if compiled else summed_loss
-    return (lambda x, y: loss(model, x, y, torch.bfloat16) / y.numel()), list(model.parameters())
+    return (lambda x, y: loss(model, x, y, torch.bfloat16, 1 / y.numel())), list(model.parameters())
 
 
 def load_nanogpt(directory, vocab, compiled):

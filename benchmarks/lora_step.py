@@ -36,7 +36,7 @@ def load_project(cfg, method):
         if method == "full":
             return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-        return lora_loss(model, x, y, dtype) / y.numel()
+        return lora_loss(model, x, y, dtype, 1 / y.numel())
     return loss, [p for p in model.parameters() if p.requires_grad]
 
 

@@ -43,7 +43,7 @@ def bare_loop(cfg, dtype, steps):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        (summed_loss(model, x, y, getattr(torch, DTYPES[dtype])) / y.numel()).backward()
+        summed_loss(model, x, y, getattr(torch, DTYPES[dtype]), 1 / y.numel()).backward()
         optimizer.step()
     for _ in range(3):
         step()

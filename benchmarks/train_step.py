@@ -39,7 +39,7 @@ def load_project(cfg):
 
     def loss(x, y):  # the loss of the training loop; the autocast is that of the caller
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-        return summed_loss(model, x, y, dtype) / y.numel()
+        return summed_loss(model, x, y, dtype, 1 / y.numel())
     return loss, model.parameters()
 
 

@@ -65,21 +65,22 @@ class FrozenHead(torch.autograd.Function):
 
 # %% ../nbs/08_lora.ipynb #lora-loss
 def lora_loss(model: nn.Module, ids: Tensor, targets: Tensor,
-              dtype: torch.dtype = torch.float32) -> Tensor:
+              dtype: torch.dtype = torch.float32,
+              scale: float | Tensor = 1.0) -> Tensor:
     """summed_loss() for a model whose head is frozen; pass it to train().
 
     ids, targets: (B, T); positions with the target -100 never reach the head.
     """
     head, device = getattr(model, "module", model).wte.weight, ids.device.type
     if head.requires_grad or dtype == torch.float16:  # its scaling comes later
-        return summed_loss(model, ids, targets, dtype)
+        return summed_loss(model, ids, targets, dtype, scale)
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         x = model(ids, head=False).flatten(0, 1)           # (N, C)
     targets = targets.flatten()
     counted = (targets != -100).nonzero()[:, 0]
     if len(counted) < len(targets):
         x, targets = x.index_select(0, counted), targets[counted]
-    return FrozenHead.apply(x.to(dtype), head.to(dtype), targets)
+    return FrozenHead.apply(x.to(dtype), head.to(dtype), targets) * scale
 
 # %% ../nbs/08_lora.ipynb #config
 @dataclass(frozen=True)

@@ -161,41 +161,43 @@ def make_optimizer(model: nn.Module, config: TrainConfig
 class RowsLoss(torch.autograd.Function):
     """Cross-entropy summed, a few rows of the logits at a time, for a CPU.
 
-    apply(logits (N, V), targets (N,)) gives a scalar; a target of -100 does
-    not count. Its gradient is made on the way forward and used up on the
-    way back, which can be gone once.
+    apply(logits (N, V), targets (N,), scale) gives a scalar, times scale; a
+    target of -100 does not count. In training the gradient is made on the
+    way forward and written over the logits, which are used up.
     """
     PIECE = 2**18  # logits at a time
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, logits: Tensor, targets: Tensor,
+                scale: float | Tensor = 1.0) -> Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         size = max(1, RowsLoss.PIECE // logits.shape[1])
-        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        grad = logits.detach() if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=dtype)
         for i in range(0, len(logits), size):
             right = targets[i:i + size, None]              # (rows, 1)
-            counts = right != -100
-            right = right.where(counts, 0)
+            weight = (right != -100).to(dtype) * scale
+            right = right.where(right != -100, 0)
             logp = logits[i:i + size].log_softmax(-1, dtype=dtype)
-            total -= (logp.gather(1, right) * counts).sum()
+            total -= (logp.gather(1, right) * weight).sum()
             if grad is not None:
                 minus = torch.full_like(right, -1, dtype=dtype)
                 p = logp.exp_().scatter_add_(1, right, minus)
-                grad[i:i + size] = p.mul_(counts)          # (rows, V)
+                grad[i:i + size] = p.mul_(weight)          # (rows, V)
         ctx.save_for_backward(grad)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, scale: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, above: Tensor) -> tuple[Tensor, None, None]:
         grad, = ctx.saved_tensors
-        return grad.mul_(scale), None
+        return grad if above == 1 else grad.mul_(above), None, None
 
 # %% ../nbs/04_training.ipynb #summed-loss
 def summed_loss(model: nn.Module, ids: Tensor, targets: Tensor,
-                dtype: torch.dtype = torch.float32) -> Tensor:
-    """Cross-entropy summed over the targets that count, a scalar.
+                dtype: torch.dtype = torch.float32,
+                scale: float | Tensor = 1.0) -> Tensor:
+    """Cross-entropy summed over the targets that count, times `scale`.
 
     ids, targets: (B, T); a target of -100 does not count. The forward pass
     runs in `dtype` by autocast, the loss itself in float32.
@@ -204,9 +206,9 @@ def summed_loss(model: nn.Module, ids: Tensor, targets: Tensor,
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         logits = model(ids).flatten(0, 1)                   # (B * T, V)
         if device == "cpu" and not torch.compiler.is_compiling():
-            return RowsLoss.apply(logits, targets.flatten())
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100,
-                               reduction="sum")
+            return RowsLoss.apply(logits, targets.flatten(), scale)
+        return scale * F.cross_entropy(logits, targets.flatten(),
+                                       ignore_index=-100, reduction="sum")
 
 # %% ../nbs/04_training.ipynb #pick-precision
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
@@ -344,16 +346,18 @@ class Stepper:
         Returns its part of the mean loss over all tokens of the step.
         """
         counted = self.ranks.combine([float((targets != -100).sum())])[0]
+        # DDP and FSDP average over the ranks, we want the sum
+        scale = torch.full((), self.ranks.world / max(1, counted),
+                           device=self.device)
         size = self.config.micro_batch or len(ids)
         total = torch.zeros((), device=self.device)
         for i in range(0, len(ids), size):
             x, y = self.put(ids[i:i + size]), self.put(targets[i:i + size])
             sync_gradients(self.model, last=i + size >= len(ids))
-            loss = self.loss(self.model, x, y, self.dtype) / max(1, counted)
-            # DDP and FSDP average over the ranks, we want the sum
-            self.scaler.scale(loss * self.ranks.world).backward()
+            loss = self.loss(self.model, x, y, self.dtype, scale)
+            self.scaler.scale(loss).backward()
             total += loss.detach()
-        return total
+        return total / self.ranks.world
 
     def __call__(self, ids: np.ndarray, targets: np.ndarray, lr: float
                  ) -> tuple[Tensor, Tensor]:

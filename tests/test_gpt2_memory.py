@@ -1,5 +1,6 @@
 """GPT2Config.memory() against the memory that a fresh process really takes, as Linux counts it."""
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self")
 
 CASES = [  # name, batch, block, dtype, pass
-    ("nano", 64, 256, "float32", "forward"),
+    ("nano", 64, 256, "float32", "forward"), ("nano", 64, 256, "bfloat16", "forward"),
     ("nano", 32, 256, "float32", "training"), ("nano", 16, 256, "bfloat16", "training"),
     ("mini", 4, 256, "float32", "forward"), ("mini", 4, 256, "bfloat16", "forward"),
     ("mini", 2, 256, "float32", "training"), ("mini", 1, 1024, "bfloat16", "training"),
@@ -58,7 +59,7 @@ def run(config, batch, block, dtype, kind):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for _ in range(2):
         optimizer.zero_grad(set_to_none=True)
-        loss = summed_loss(model, ids, ids, dtype) / ids.numel()
+        loss = summed_loss(model, ids, ids, dtype, 1 / ids.numel())
         loss.backward()
         optimizer.step()
 
@@ -84,9 +85,12 @@ for case in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def measured() -> dict[tuple, int]:
-    out = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(CASES)], capture_output=True, text=True, cwd=ROOT)
+    """Of nano the median of three: malloc keeps some pages of a small model one time and not the next."""
+    runs = CASES + 2 * [case for case in CASES if case[0] == "nano"]
+    out = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(runs)], capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 0 and "failed" not in out.stdout, out.stderr[-800:]
-    return dict(zip(CASES, map(int, out.stdout.split()), strict=True))
+    sizes = list(zip(runs, map(int, out.stdout.split()), strict=True))
+    return {case: statistics.median(size for name, size in sizes if name == case) for case in CASES}
 
 
 @pytest.mark.parametrize("name, batch, block, dtype, kind", CASES)
@@ -108,8 +112,8 @@ def test_parts_of_the_estimate():
     assert config.memory(8, 256).activations == 2 * config.memory(4, 256).activations
     assert config.memory(1).peak == config.memory(1, 1024).peak
     assert "weights 137 MiB" in str(need)
-    rows = 4 * 256 * config.vocab_size                                  # a GPU's loss: three float32 rows, not two of dtype
-    assert config.memory(4, 256, training=True, device="cuda").activations - need.activations == (12 - 2 * 4) * rows
+    rows = 4 * 256 * config.vocab_size                                  # a GPU's loss: three float32 rows, not one of dtype
+    assert config.memory(4, 256, training=True, device="cuda").activations - need.activations == (12 - 4) * rows
 
 
 @pytest.mark.parametrize("batch, block, dtype", [(0, 8, "float32"), (1, 0, "float32"), (1, 1025, "float32"), (1, 8, "int8")])
