@@ -177,7 +177,7 @@ def versions(machine: dict) -> str:
 
 def machine_line(kept: dict) -> str:
     m, result = kept["result"].get("machine", {}), kept["result"]
-    parts = [kept["date"], result.get("gpu") or m.get("cpu", ""), f"{m['threads']} threads" if "threads" in m else "",
+    parts = [kept["date"], result.get("gpu") or m.get("cpu", ""), f"{m['threads']} thread{'s' * (m['threads'] != 1)}" if "threads" in m else "",
              f"load before {m['load1']}" if m.get("load1") is not None else "", f"Python {m.get('python', '')}".strip()]
     return ", ".join(p for p in parts if p)
 

@@ -148,12 +148,11 @@ def cell(text: str) -> str:
 
 
 def table(rows: list[dict]) -> list[str]:
-    lines = ["| what is compared | with | measured | bound | test |", "|---|---|---|---|---|"]
+    lines = ["| what is compared | with | measured | bound |", "|---|---|---|---|"]
     for row in rows:
         file, _, function = row["test"].partition("::")
-        lines.append(f"| {cell(row['name'])} | {cell(peer(row))} | {number(row['value'])} | "
-                     f"{'at least ' * at_least(row)}{number(row['bound'])} | "
-                     f"[`tests/{file}::{function}`](https://github.com/minigpt/minigpt/blob/main/tests/{file}) |")
+        lines.append(f"| {cell(row['name'])}<br>[`{function}`](https://github.com/minigpt/minigpt/blob/main/tests/{file}) | "
+                     f"{cell(peer(row))} | {number(row['value'])} | {'at least ' * at_least(row)}{number(row['bound'])} |")
     return lines
 
 
@@ -170,15 +169,15 @@ def worst_by_bound(rows: list[dict]) -> str:
 
 def promises(rows: list[dict]) -> list[str]:
     """The table of what is promised, with the worst figure of each."""
-    lines = ["| promise | compared with | figures | largest difference | test |", "|---|---|---|---|---|"]
+    lines = ["| promise | compared with | figures | largest difference |", "|---|---|---|---|"]
     for promise, (tests, chapter) in PROMISES.items():
         found = proofs(rows, tests)
         if not found:
             continue
         peers = ", ".join(dict.fromkeys(cell(peer(row)) for row in found))
-        tests = "; ".join(dict.fromkeys(f"`tests/{row['test']}`" for row in found))
-        lines.append(f"| {promise} ([{chapter[:2]}]({chapter}.ipynb)) | {peers} | {len(found)} | {worst_by_bound(found)} | "
-                     f"{tests} |")
+        tests = "".join(dict.fromkeys(f"<br>`{row['test'].rpartition('::')[2]}`" for row in found))
+        lines.append(f"| {promise} ([{chapter[:2]}]({chapter}.ipynb)){tests} | {peers} | {len(found)} | "
+                     f"{worst_by_bound(found)} |")
     return lines
 
 
@@ -193,8 +192,8 @@ def page() -> str:
              f"Measured on {data['date']} with Python {data['python']} on {data['system']}, on the CPU. A difference of 0 "
              "means bit for bit or id for id; around 1e-6 is the rounding of float32. A bound is the most that the test allows, "
              "or, where it says so, the least.",
-             "To repeat a figure: `python -m pytest` with the test that stands in its row, such as "
-             "`python -m pytest tests/test_attention.py::test_equals_sdpa`.",
+             "To repeat a figure: `python -m pytest -k` with the test that stands below its name, such as "
+             "`python -m pytest -k test_equals_sdpa`.",
              "## What is promised", "\n".join(promises(rows)), "## Every figure"]
     for chapter in dict.fromkeys(chapter_of(row["test"]) for row in rows):
         of_chapter = [row for row in rows if chapter_of(row["test"]) == chapter]

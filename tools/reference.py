@@ -111,11 +111,13 @@ def read_module(path: Path) -> Module:
         elif isinstance(node, ast.ClassDef) and node.name in exported:
             names.append(klass(node))
         elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-            target, shown = node.targets[0] if isinstance(node, ast.Assign) else node.target, ast.unparse(node.value)
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            shown = ast.get_source_segment(text, node.value)
             several = isinstance(target, ast.Tuple)
-            for one in target.elts if several else [target]:
+            parts = isinstance(node.value, ast.Tuple) and several
+            for i, one in enumerate(target.elts if several else [target]):
+                value = ast.unparse(node.value.elts[i]) if parts else "..." if several or len(shown) > 1200 else shown
                 if getattr(one, "id", "") in exported:
-                    value = "..." if several or len(shown) > 60 else shown
                     names.append(Name(one.id, f"{one.id} = {value}", ""))
     notebook = re.search(r"File to edit: \.\./nbs/(\S+\.ipynb)", text)
     return Module(path.stem, ast.get_docstring(tree) or "", notebook[1] if notebook else "", names)
