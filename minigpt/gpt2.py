@@ -172,16 +172,20 @@ def gelu_piece(x: Tensor, y: Tensor, slope: Tensor | None,
     room: (3, N), float32 or wider, for all that lies between.
     """
     a = 2 * math.sqrt(2 / math.pi)
-    x, u, s = room[0].copy_(x), room[1], room[2]
+    wide, u, s = room
+    same = x.dtype == room.dtype     # nothing to convert
+    x = x if same else wide.copy_(x)
     torch.addcmul(x.new_full((), a), x, x, value=a * 0.044715, out=u)
     torch.sigmoid(u.mul_(x), out=s)  # u is a x + 0.044715 a x^3
-    if slope is None:
-        y.copy_(x.mul_(s))
-        return
-    u.sub_(x, alpha=2 / 3 * a)       # x u' = 3 u - 2 a x
-    y.copy_(x.mul_(s))
-    torch.ops.aten.sigmoid_backward(u, s, grad_input=u)  # u s (1 - s)
-    slope.copy_(s.add_(u, alpha=3))
+    if slope is not None:
+        u.sub_(x, alpha=2 / 3 * a)   # x u' = 3 u - 2 a x
+    torch.mul(x, s, out=y) if same else y.copy_(x.mul_(s))
+    if slope is not None:
+        torch.ops.aten.sigmoid_backward(u, s, grad_input=u)
+        if same:
+            torch.add(s, u, alpha=3, out=slope)
+        else:
+            slope.copy_(s.add_(u, alpha=3))
 
 # %% ../nbs/03_gpt2.ipynb #tanhgelu
 class TanhGELU(torch.autograd.Function):
@@ -497,8 +501,10 @@ def estimate_memory(config: GPT2Config, batch: int, block: int | None,
                       count * size + acts + 6 * 2**20)
     copies = count * size if size < 4 else 0     # of the weights, by autocast
     inner = N * (config.n_layer * (8 + 14 * size) + 8) * C
-    outer = (size if device == "cpu" else 12) * N * V
-    loss, left = (0.25, 0.9) if size == 4 else (0.5, 0.5)
+    wide, cpu = size >= 4, device == "cpu"
+    outer = (size if cpu else 12) * N * V
+    loss = (0.25 if wide else 0.5) if cpu else (0.15 if wide else 0.3)
+    left = (0.9 if wide else 0.5) if cpu else (0.8 if wide else 0.3)
     begin = copies + outer + round((1 + loss) * inner + left * 4 * count)
     peak = 12 * count + max(begin, 4 * count + copies) + 12 * 2**20
     return Memory(4 * count, 4 * count, 8 * count, copies + inner + outer,
