@@ -265,7 +265,7 @@ def main():
     ap.add_argument("--only", nargs="*", default=NAMES)
     ap.add_argument("--passes", type=int, default=5)
     ap.add_argument("--rounds", type=int, default=2)
-    ap.add_argument("--threads", nargs="*", type=int, default=[1, 2])
+    ap.add_argument("--threads", nargs="*", type=int, default=[1, 2][:c.threads()])
     a = ap.parse_args()
     rows, failed = [], set()
     for text in a.texts:

@@ -174,7 +174,7 @@ def one(name, text_name, vocab_size, minbpe_dir):
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("--minbpe", default=os.environ.get("MINBPE_DIR"))
-    ap.add_argument("--only", nargs="*", default=list(TRAINERS))
+    ap.add_argument("--only", nargs="*", default=[t for t in TRAINERS if t != "minigpt-2" or c.threads() > 1])
     ap.add_argument("--repeat", type=int, default=3)
     ap.add_argument("--quick", action="store_true", help="the 1 MB text only")
     ap.add_argument("--timeout", type=float, default=180)

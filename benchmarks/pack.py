@@ -79,7 +79,7 @@ def main():
     ap.add_argument("--text")
     ap.add_argument("--conversations")
     ap.add_argument("--rounds", type=int, default=3)
-    ap.add_argument("--procs", nargs="*", type=int, default=[1, 2])
+    ap.add_argument("--procs", nargs="*", type=int, default=[1, 2][:c.threads()])
     a = ap.parse_args()
     path = c.cache_dir() / f"pack-{a.mb}mb.txt"
     make_text(path, a.mb, a.text, a.conversations)
