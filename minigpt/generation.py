@@ -7,14 +7,14 @@ __all__ = ['Ids', 'Processor', 'Strategy', 'Draft', 'NOTHING', 'EMPTY', 'CLASSES
            'Temperature', 'TopK', 'TopP', 'MinP', 'Typical', 'RepetitionPenalty', 'count_new', 'PresencePenalty',
            'FrequencyPenalty', 'NoRepeatNGram', 'BannedTokens', 'BannedWords', 'ForcedTokens', 'Options', 'chain',
            'check_options', 'apply', 'has_onednn', 'FastLinear', 'Int8Linear', 'linear_function', 'product_function',
-           'Layer', 'norm_function', 'read_layer', 'shared_prefix', 'follow', 'Decoder', 'look_up', 'read', 'start',
-           'new_cache', 'feed', 'Move', 'run', 'Generation', 'row_seeds', 'pick_best', 'token_logprobs', 'Sample',
+           'norm_function', 'Layer', 'read_layer', 'shared_prefix', 'follow', 'Decoder', 'look_up', 'new_cache', 'read',
+           'start', 'feed', 'Move', 'run', 'Generation', 'row_seeds', 'pick_best', 'token_logprobs', 'Sample',
            'as_prompts', 'fit', 'TokenStream', 'stream_options', 'generate_options', 'generate', 'stream', 'waiting',
            'TextStream', 'stream_text', 'generate_text', 'StopStrings', 'BeamGroup', 'BeamOptions', 'extend_beams',
            'may_improve', 'BeamSearch', 'beams_of', 'beam_search', 'Contrastive', 'contrastive_search', 'judge',
            'ModelDraft', 'as_chances', 'NGramDraft', 'runs', 'Speculative', 'speculate', 'sequence', 'choice',
-           'literal', 'may_end', 'derive', 'parse_regex', 'parse_choice', 'parse_atom', 'any_character', 'parse_escape',
-           'parse_class', 'parse_repeat', 'build_trie', 'allowed_tokens', 'RegexConstraint', 'choice_constraint']
+           'literal', 'may_end', 'derive', 'parse_escape', 'any_character', 'parse_class', 'parse_repeat', 'parse_atom',
+           'parse_choice', 'parse_regex', 'build_trie', 'allowed_tokens', 'RegexConstraint', 'choice_constraint']
 
 # %% ../nbs/05_generation.ipynb #imports
 import random
@@ -422,6 +422,13 @@ def product_function(weight: Tensor, bias: Tensor | None,
         return FastLinear(weight, bias)
     return lambda x: F.linear(x, weight, bias)
 
+# %% ../nbs/05_generation.ipynb #norm
+def norm_function(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    """A function for a layer norm, x -> y."""
+    shape, weight, bias, eps = (norm.normalized_shape, norm.weight,
+                                norm.bias, norm.eps)
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
 # %% ../nbs/05_generation.ipynb #layer
 @dataclass
 class Layer:
@@ -440,13 +447,6 @@ class Layer:
         f = lambda linear: linear_function(linear, weights)
         return cls(norm_function(block.ln_1), f(attn.c_attn), f(attn.c_proj),
                    norm_function(block.ln_2), f(mlp.c_fc), f(mlp.c_proj))
-
-# %% ../nbs/05_generation.ipynb #norm
-def norm_function(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-    """A function for a layer norm, x -> y."""
-    shape, weight, bias, eps = (norm.normalized_shape, norm.weight,
-                                norm.bias, norm.eps)
-    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 # %% ../nbs/05_generation.ipynb #readlayer
 def read_layer(layer: Layer, x: Tensor, number: int, cache: KVCache,
@@ -527,6 +527,18 @@ def look_up(decoder: Decoder) -> None:
     decoder.ln_f = norm_function(model.ln_f)
     decoder.head = product_function(model.wte.weight, None, weights)
 
+# %% ../nbs/05_generation.ipynb #newcache
+def new_cache(decoder: Decoder, prompts: list[list[int]],
+              room: int) -> KVCache:
+    """An empty cache for these prompts and `room` tokens behind them."""
+    model, size = decoder.model, decoder.config.block_size
+    longest = max(map(len, prompts))
+    pad = torch.tensor([longest - len(row) for row in prompts],
+                       device=model.device)
+    need = size if len(prompts) == 1 else min(longest + room, size)
+    return KVCache(decoder.config, len(prompts), need, pad=pad,
+                   device=model.device, dtype=model.dtype)
+
 # %% ../nbs/05_generation.ipynb #read
 @torch.inference_mode()
 def read(decoder: Decoder, tokens: list[list[int]]) -> Tensor:
@@ -563,18 +575,6 @@ def start(decoder: Decoder, prompts: list[list[int]], room: int) -> Tensor:
     logits = decoder.head(read(decoder, padded)[:, -1:])   # (B, 1, V)
     decoder.ids = [list(row) for row in prompts]
     return logits
-
-# %% ../nbs/05_generation.ipynb #newcache
-def new_cache(decoder: Decoder, prompts: list[list[int]],
-              room: int) -> KVCache:
-    """An empty cache for these prompts and `room` tokens behind them."""
-    model, size = decoder.model, decoder.config.block_size
-    longest = max(map(len, prompts))
-    pad = torch.tensor([longest - len(row) for row in prompts],
-                       device=model.device)
-    need = size if len(prompts) == 1 else min(longest + room, size)
-    return KVCache(decoder.config, len(prompts), need, pad=pad,
-                   device=model.device, dtype=model.dtype)
 
 # %% ../nbs/05_generation.ipynb #feed
 @torch.inference_mode()
@@ -1445,57 +1445,24 @@ def derive(pattern: tuple, byte: int) -> tuple:
     taken = sequence(derive(first, byte), rest)
     return choice(taken, derive(rest, byte)) if may_end(first) else taken
 
-# %% ../nbs/05_generation.ipynb #parse
-def parse_regex(text: str) -> tuple:
-    """A pattern from a regular expression.
-
-    Raises ValueError where it is malformed or uses what is not supported.
-    """
-    pattern, i = parse_choice(text, 0)
-    if i < len(text):
-        raise ValueError(f"regex {text!r}: unmatched ')' at position {i}")
-    return pattern
-
-# %% ../nbs/05_generation.ipynb #parsechoice
-def parse_choice(text: str, i: int) -> tuple[tuple, int]:
-    """a|b|c from position i, up to a closing bracket or the end."""
-    options, parts = [], []
-    while i < len(text) and text[i] != ")":
-        if text[i] == "|":
-            options.append(sequence(*parts))
-            parts, i = [], i + 1
-            continue
-        part, i = parse_atom(text, i)
-        part, i = parse_repeat(text, i, part)
-        parts.append(part)
-    return choice(*options, sequence(*parts)), i
-
-# %% ../nbs/05_generation.ipynb #atom
+# %% ../nbs/05_generation.ipynb #classes
 CLASSES = {"d": frozenset(b"0123456789"), "s": frozenset(b" \t\n\r\f\v"),
            "w": frozenset(i for i in range(128)
                           if chr(i).isalnum() or i == 95),
            "n": frozenset(b"\n"), "t": frozenset(b"\t")}
 ASCII = frozenset(range(128))
 
-
-def parse_atom(text: str, i: int) -> tuple[tuple, int]:
-    """A group, a class, an escape or a character at position i."""
+# %% ../nbs/05_generation.ipynb #escape
+def parse_escape(text: str, i: int) -> tuple[tuple, int]:
+    """What stands behind a backslash, at position i."""
+    if i == len(text):
+        raise ValueError(f"regex {text!r} ends in a single backslash")
     c = text[i]
-    if c == "(":
-        skip = 3 if text.startswith("(?:", i) else 1
-        pattern, i = parse_choice(text, i + skip)
-        if i == len(text):
-            raise ValueError(f"regex {text!r}: a group is never closed")
-        return pattern, i + 1
-    if c == "[":
-        return parse_class(text, i + 1)
-    if c == ".":
-        return any_character(ASCII - {10}), i + 1
-    if c == "\\":
-        return parse_escape(text, i + 1)
-    if c in "*+?{^$":
-        raise ValueError(f"regex {text!r}: {c!r} at position {i} is not "
-                         "supported there; write \\" + c + " for itself")
+    if c in CLASSES:
+        return ("set", CLASSES[c]), i + 1
+    if c.isalnum():
+        raise ValueError(f"regex {text!r}: \\{c} at position {i - 1} is not "
+                         "supported; there are \\d \\w \\s \\n \\t")
     return literal(c), i + 1
 
 # %% ../nbs/05_generation.ipynb #anychar
@@ -1512,19 +1479,6 @@ def any_character(ascii_part: frozenset) -> tuple:
     wide = [sequence(*(tail if part == 1 else part for part in form), tail)
             for form in forms]
     return choice(("set", ascii_part), *wide)
-
-# %% ../nbs/05_generation.ipynb #escape
-def parse_escape(text: str, i: int) -> tuple[tuple, int]:
-    """What stands behind a backslash, at position i."""
-    if i == len(text):
-        raise ValueError(f"regex {text!r} ends in a single backslash")
-    c = text[i]
-    if c in CLASSES:
-        return ("set", CLASSES[c]), i + 1
-    if c.isalnum():
-        raise ValueError(f"regex {text!r}: \\{c} at position {i - 1} is not "
-                         "supported; there are \\d \\w \\s \\n \\t")
-    return literal(c), i + 1
 
 # %% ../nbs/05_generation.ipynb #class
 def parse_class(text: str, i: int) -> tuple[tuple, int]:
@@ -1572,6 +1526,52 @@ def parse_repeat(text: str, i: int, part: tuple) -> tuple[tuple, int]:
     for _ in range((high or low) - low):
         tail = choice(EMPTY, sequence(part, tail))
     return sequence(*[part] * low, tail), i
+
+# %% ../nbs/05_generation.ipynb #atom
+def parse_atom(text: str, i: int) -> tuple[tuple, int]:
+    """A group, a class, an escape or a character at position i."""
+    c = text[i]
+    if c == "(":
+        skip = 3 if text.startswith("(?:", i) else 1
+        pattern, i = parse_choice(text, i + skip)
+        if i == len(text):
+            raise ValueError(f"regex {text!r}: a group is never closed")
+        return pattern, i + 1
+    if c == "[":
+        return parse_class(text, i + 1)
+    if c == ".":
+        return any_character(ASCII - {10}), i + 1
+    if c == "\\":
+        return parse_escape(text, i + 1)
+    if c in "*+?{^$":
+        raise ValueError(f"regex {text!r}: {c!r} at position {i} is not "
+                         "supported there; write \\" + c + " for itself")
+    return literal(c), i + 1
+
+# %% ../nbs/05_generation.ipynb #parsechoice
+def parse_choice(text: str, i: int) -> tuple[tuple, int]:
+    """a|b|c from position i, up to a closing bracket or the end."""
+    options, parts = [], []
+    while i < len(text) and text[i] != ")":
+        if text[i] == "|":
+            options.append(sequence(*parts))
+            parts, i = [], i + 1
+            continue
+        part, i = parse_atom(text, i)
+        part, i = parse_repeat(text, i, part)
+        parts.append(part)
+    return choice(*options, sequence(*parts)), i
+
+# %% ../nbs/05_generation.ipynb #parse
+def parse_regex(text: str) -> tuple:
+    """A pattern from a regular expression.
+
+    Raises ValueError where it is malformed or uses what is not supported.
+    """
+    pattern, i = parse_choice(text, 0)
+    if i < len(text):
+        raise ValueError(f"regex {text!r}: unmatched ')' at position {i}")
+    return pattern
 
 # %% ../nbs/05_generation.ipynb #trie
 def build_trie(token_bytes: Sequence[bytes], skip: set[int]) -> dict:

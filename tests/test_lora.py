@@ -1,5 +1,6 @@
 """LoRA and NF4 against plain products, peft over transformers' GPT2, and bitsandbytes."""
 import copy
+import inspect
 import json
 import math
 import re
@@ -90,6 +91,25 @@ def test_dropout_only_where_a_reads():
     want = layer.base(x) + dropped @ layer.delta("default").T
     assert torch.allclose(out, want, atol=1e-5)
     assert torch.allclose(layer.eval()(x), F.linear(x, layer.weight, layer.bias), atol=1e-5)
+
+
+def test_the_layer_merges_by_itself_and_stays_short():
+    """merge() adds W + s B A into the base and takes it out again; the class has the forty lines that its chapter promises."""
+    layer = LoraLinear(torch.nn.Linear(6, 4))
+    layer.add("one", LoraConfig(2, 4))
+    layer.add("two", LoraConfig(1, 3))
+    for B in layer.lora_B.values():
+        torch.nn.init.normal_(B)
+    old, x = layer.base.weight.clone(), torch.randn(5, 6)
+    want = old + 2 * layer.lora_B["one"] @ layer.lora_A["one"]
+    layer.active = "one"
+    layer.merge("one")
+    assert layer.active is None and torch.allclose(layer.base.weight, want, atol=1e-6)
+    assert layer.base.weight.is_leaf and not layer.base.weight.requires_grad
+    assert torch.allclose(layer(x), F.linear(x, want, layer.bias), atol=1e-5)
+    layer.merge("one", -1)
+    assert far(layer.base.weight, old) < 1e-6
+    assert len(inspect.getsource(LoraLinear).strip().splitlines()) <= 40
 
 
 def test_a_frozen_layer_keeps_only_its_input():
