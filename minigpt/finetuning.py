@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CHAT_TOKENS', 'reply_all', 'check_too_long', 'too_long_error', 'shorten', 'encode_chats', 'best_fit', 'RowSampler',
            'PackedRows', 'document_numbers', 'document_mask', 'document_positions', 'documents_apart', 'tuning_config',
-           'short_prompts', 'measure', 'FinetuneResult', 'check_pair', 'check_out', 'add_chat_tokens', 'chat_rows',
-           'row_length', 'save_tuned', 'finetune', 'Pair', 'as_pair', 'load_pairs', 'answer_logprobs', 'encode_pair',
-           'dpo_loss', 'PairRows', 'PairStepper', 'pair_logprobs', 'measure_pairs', 'check_dpo', 'pair_rows', 'dpo']
+           'short_prompts', 'measure', 'FinetuneResult', 'check_pair', 'check_out', 'held_rows', 'add_chat_tokens',
+           'chat_rows', 'row_length', 'save_tuned', 'finetune', 'Pair', 'as_pair', 'load_pairs', 'answer_logprobs',
+           'encode_pair', 'dpo_loss', 'PairRows', 'PairStepper', 'pair_logprobs', 'measure_pairs', 'check_dpo',
+           'pair_rows', 'dpo']
 
 # %% ../nbs/07_finetuning.ipynb #imports
 import copy
@@ -355,6 +356,34 @@ def check_out(out: str | Path | None, resume: bool | str) -> Path | None:
                               "resume=True to go on, or another folder")
     return out
 
+# %% ../nbs/07_finetuning.ipynb #heldrows
+def held_rows(chats: Sequence[dict], tokenizer: BPETokenizer, length: int,
+              limit: int, world: int = 1) -> TokenArray:
+    """Held-out conversations as a stream whose windows of `length` tokens
+    begin where a conversation does, for the losses that `train` logs.
+
+    limit: rows at most, a multiple of `world` (processes) where possible.
+    Conversations that are longer than a row are left out, unless all are.
+    """
+    tokens = encode_chats(chats, tokenizer, 1 << 40)
+    start = tokenizer.special_tokens[SEPARATOR]
+    lengths = np.diff([*np.flatnonzero(tokens.ids == start), len(tokens)])
+    if lengths.min() > length:
+        return tokens
+    kept = encode_chats(chats, tokenizer, length, "drop")
+    packed = PackedRows(kept, length - 1, start)
+    count = min(limit, packed.n_rows)
+    count = count - count % world or count
+    rows, marks = [], []
+    for number in np.linspace(0, packed.n_rows - 1, count).astype(int):
+        ids, mask = packed.row(number)
+        used = np.diff(packed.spans[packed.rows[number]]).sum()
+        ids[used:] = np.resize(kept.ids, length - used)
+        rows, marks = [*rows, ids], [*marks, mask]
+    return TokenArray(np.concatenate([*rows, [start]]).astype(np.uint16),
+                      np.concatenate([*marks, [0]]).astype(np.uint8),
+                      "held-out conversations")
+
 # %% ../nbs/07_finetuning.ipynb #addtokens
 def add_chat_tokens(model: GPT2, tokenizer: BPETokenizer
                     ) -> tuple[GPT2, BPETokenizer]:
@@ -437,7 +466,8 @@ def finetune(model: GPT2, chats: Any, *, tokenizer: BPETokenizer,
         config = tuning_config(len(rows.rows), epochs, config)
     ranks = join_ranks(config.device)
     rows.share(config, ranks)
-    judge = encode_chats(held, tokenizer, 1 << 40) if held else None
+    judge = held_rows(held, tokenizer, length, config.eval_windows,
+                      ranks.world) if held else None
     before = measure(model, tokenizer, held, texts)
     with documents_apart(model, start) if apart else nullcontext():
         trained = train(model, Phase(rows, loss="answers"), config,

@@ -315,6 +315,35 @@ def test_measures_are_those_of_a_plain_loop(chats, tokenizer, renderer):
     assert found["stops"] == pytest.approx(stops / len(some))
 
 
+def test_the_logged_loss_of_held_answers_is_that_of_whole_conversations(chats, tokenizer, renderer):
+    """Windows of the loop begin where conversations do: nothing is asked that was said before the window."""
+    held = short(chats[:60], renderer)
+    result = finetune(tiny(), chats[60:70], tokenizer=tokenizer, held=held, too_long="drop", **QUIET, config={
+        "max_steps": 2, "batch_size": 2, "block_size": 100, "eval_every": 1, "log_every": 1})
+    nats = count = 0
+    for chat in held:
+        ids, mask = renderer.render(chat["messages"])
+        with torch.no_grad():
+            logprobs = result.model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        nats -= sum(float(logprobs[t, ids[t + 1]]) for t in range(len(ids) - 1) if mask[t + 1])
+        count += sum(mask)
+    assert math.isclose(result.history[-1]["held_answers"], nats / count, rel_tol=1e-5)
+
+
+def test_held_rows_keep_whole_conversations_and_their_windows(chats, tokenizer, renderer):
+    held = short(chats[:60], renderer)
+    stream = ft.held_rows(held, tokenizer, 100, limit=64)
+    assert (len(stream) - 1) % 100 == 0 and stream.mask.sum() == sum(sum(renderer.render(c["messages"]).mask) for c in held)
+    starts = np.arange(0, len(stream), 100)
+    assert (stream.ids[starts] == renderer.endoftext).all()
+    assert len(ft.held_rows(held, tokenizer, 100, limit=10, world=4)) == 8 * 100 + 1
+    flat = encode_chats(held, tokenizer, 1 << 40)
+    assert ft.held_rows(held, tokenizer, 5, limit=64).ids.tolist() == flat.ids.tolist()          # none fits
+    one = min(held, key=lambda c: len(renderer.render(c["messages"]).ids))
+    size = len(renderer.render(one["messages"]).ids)
+    assert ft.held_rows(held, tokenizer, size, limit=64).mask.sum() % sum(renderer.render(one["messages"]).mask) == 0
+
+
 def test_more_tokens_change_nothing_for_the_old_ones():
     old, gpt2 = tiny(vocab_size=50257, loud=20), BPETokenizer.from_pretrained("gpt2")
     model, tokenizer = ft.add_chat_tokens(old, gpt2)
