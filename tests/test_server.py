@@ -448,7 +448,7 @@ def test_a_client_that_leaves_the_queue_never_begins(small):
     app = create_app(*small, limits=Limits(max_batch=1))
     engine, step = app.state.engine, app.state.engine.batch.step
     gate, gone = threading.Event(), threading.Event()
-    engine.batch.step = lambda: (gate.wait(20), step())
+    engine.batch.step = lambda: (engine.batch.rows and gate.wait(20), step())
     app.add_middleware(Notices, then=gone.set)
     with running(app) as url:
         first = call_raw(url, max_tokens=9)
