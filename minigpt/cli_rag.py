@@ -10,7 +10,12 @@ import typer
 
 # %% ../nbs/09_rag.ipynb #cli-show
 def show_skipped(index) -> None:
-    """Tell on standard error which files could not be read."""
+    """Tell on standard error which files could not be read, and whether
+    the index had to be made anew."""
+    if index.renewed:
+        typer.echo("the documents have changed: indexed again, "
+                   f"{index.kept} of {len(index.sources)} files unchanged",
+                   err=True)
     for _, why in index.skipped:
         typer.echo(f"skipped: {' '.join(why.split())}", err=True)
 

@@ -7,10 +7,10 @@ __all__ = ['STOP', 'FAISS_FROM', 'KINDS', 'FORMAT', 'FILE', 'COURSE', 'THRESHOLD
            'count_words', 'best', 'BM25', 'build_bm25', 'stem', 'words', 'query_words', 'index_words', 'ModelEmbedder',
            'mean_states', 'weights_hash', 'Dense', 'faiss_index', 'SentenceEmbedder', 'open_embedder', 'fuse', 'mmr',
            'diverse', 'map_tensors', 'as_bytes', 'from_bytes', 'Records', 'save_index', 'open_index', 'Part',
-           'known_parts', 'reusable_parts', 'read_parts', 'embed_parts', 'identity', 'same_embedder', 'Hit', 'Index',
-           'check_query', 'rank_passages', 'build_index', 'coverage', 'reading_prompt', 'plain', 'sentences',
-           'Citation', 'span', 'cite_sentence', 'cite', 'Answer', 'quote', 'supported', 'RAG', 'read_prompt', 'shorten',
-           'open_documents']
+           'known_parts', 'reusable_parts', 'read_parts', 'embed_parts', 'seen_from', 'stamps', 'origin_of',
+           'sources_of', 'identity', 'same_embedder', 'Hit', 'Index', 'check_query', 'rank_passages', 'build_index',
+           'coverage', 'reading_prompt', 'plain', 'sentences', 'Citation', 'span', 'cite_sentence', 'cite', 'Answer',
+           'quote', 'supported', 'RAG', 'read_prompt', 'shorten', 'open_documents', 'up_to_date']
 
 # %% ../nbs/09_rag.ipynb #imports
 import hashlib
@@ -480,7 +480,8 @@ def save_index(index: "Index", folder: str | Path) -> None:
     for name in ("vectors", "mean", "norm") if index.dense else ():
         tensors[name] = getattr(index.dense, name)
     metadata = {"format": FORMAT, "settings": json.dumps(index.settings),
-                "sources": json.dumps(index.sources)}
+                "sources": json.dumps(index.sources),
+                "origin": json.dumps(index.origin)}
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f"{FILE}.{secrets.token_hex(4)}.tmp"
     try:
@@ -505,9 +506,9 @@ def open_index(folder: str | Path) -> "Index":
                     len(t["ends"]))
         dense = Dense(t["vectors"], t["mean"], t["norm"]) \
             if "vectors" in t else None
+        load = lambda name: json.loads(metadata.get(name, "null"))
         return Index(Records(t["records"], t["ends"]), bm25, dense,
-                     json.loads(metadata["settings"]),
-                     json.loads(metadata["sources"]))
+                     load("settings"), load("sources"), load("origin"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no index that this version can read "
                          f"({error!r}): build it again") from None
@@ -578,6 +579,45 @@ def embed_parts(parts: Sequence[Part], embedder) -> Dense | None:
             part.vectors = np.asarray(embedder(texts), np.float32)
     return Dense.build(np.concatenate([part.vectors for part in parts]))
 
+# %% ../nbs/09_rag.ipynb #seen-from
+def seen_from(path: str | Path, folder: str | Path) -> str:
+    """A path relative to a folder; absolute if it is on another drive."""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return os.path.abspath(path)
+
+# %% ../nbs/09_rag.ipynb #stamps
+def stamps(found: Sequence[tuple[Path, str, bool]], folder: str | Path
+           ) -> dict[str, list[int]]:
+    """Size and date of change (ns) of files, by paths seen from a folder."""
+    states = {seen_from(path, folder): path.stat() for path, *_ in found}
+    return {path: [state.st_size, state.st_mtime_ns]
+            for path, state in states.items()}
+
+# %% ../nbs/09_rag.ipynb #origin-of
+def origin_of(sources, found: Sequence[tuple[Path, str, bool]],
+              folder: str | Path, max_bytes: int) -> dict:
+    """What the index in a folder remembers of where it came from: its
+    sources, as they were given and as seen from there, and `stamps`."""
+    if isinstance(sources, (str, Path)):
+        sources = [sources]
+    return {"sources": [[str(s), seen_from(s, folder)] for s in sources],
+            "files": stamps(found, folder), "max_bytes": max_bytes}
+
+# %% ../nbs/09_rag.ipynb #sources-of
+def sources_of(origin: dict | None, folder: str | Path) -> list[Path]:
+    """The sources of the index in a folder; [] if some are not there. They
+    are named as they were given where that is still the same place."""
+    found = []
+    for given, seen in (origin or {"sources": []})["sources"]:
+        path = Path(os.path.normpath(Path(folder, seen)))
+        if not path.exists():
+            return []
+        same = Path(given).exists() and path.samefile(given)
+        found.append(Path(given) if same else path)
+    return found
+
 # %% ../nbs/09_rag.ipynb #identity
 def identity(embedder) -> dict | None:
     """What an index remembers of its embedder."""
@@ -613,16 +653,19 @@ class Index:
     """Passages of documents, and what finds them.
 
     passages: Records; bm25; dense: a Dense or None; sources: [name, sha256,
-    passages] of each file. After building: `skipped` is [(file, why)],
-    `kept` how many files were taken from the index before.
+    passages] of each file; origin: see `origin_of`. After building:
+    `skipped` is [(file, why)], `kept` how many files were taken from the
+    index before, `renewed` whether `open_documents` had to do it.
     """
 
     def __init__(self, passages: Records, bm25: BM25, dense: Dense | None,
-                 settings: dict, sources: list, embedder=None):
+                 settings: dict, sources: list, origin: dict | None = None,
+                 embedder=None):
         self.passages, self.bm25, self.dense = passages, bm25, dense
         self.settings, self.sources = settings, sources
+        self.origin, self._embedder = origin, embedder
         self.skipped: list[tuple[str, str]] = []
-        self.kept, self._embedder = 0, embedder
+        self.kept, self.renewed = 0, False
 
     @classmethod
     def build(cls, sources, to: str | Path | None = None, *, embedder=None,
@@ -736,13 +779,14 @@ def build_index(cls: type, sources, to: str | Path | None, embedder,
     settings = {"size": size, "overlap": overlap,
                 "embedder": identity(embedder)}
     known = reusable_parts(to, settings)
+    origin = to and origin_of(sources, found, to, max_bytes)
     parts, skipped = read_parts(found, known, settings, max_bytes)
     passages = [p for part in parts for p in part.passages]
     index = cls(Records.of(passages),
                 BM25.build([index_words(p) for p in passages]),
                 embed_parts(parts, embedder), settings,
                 [[p.name, p.sha256, len(p.passages)] for p in parts],
-                embedder)
+                origin, embedder)
     index.skipped = skipped
     index.kept = sum(part in known.values() for part in parts)
     if to is not None:
@@ -791,18 +835,12 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 # %% ../nbs/09_rag.ipynb #citation
 @dataclass(frozen=True)
-class Citation:
+class Citation(Passage):
     """A span of a source with words of an answer.
 
-    number: which of the hits it lies in, from 1; before and after: the
-    rest of that passage; share: how many of the words it holds, 0 to 1.
+    number: which of the hits it lies in, from 1; share: how many of the
+    words it holds, 0 to 1; before and after: the rest of that passage.
     """
-    text: str
-    source: str
-    heading: str
-    place: str
-    start: int
-    end: int
     number: int
     share: float
     before: str = ""
@@ -980,7 +1018,8 @@ DOT = ".minigpt-index"
 
 def open_documents(source=None) -> Index:
     """An index of what is given: an Index, a folder that holds one (also
-    in a folder .minigpt-index), files and folders, or None: this course."""
+    in a folder .minigpt-index), files and folders, or None: this course.
+    An index on disk whose documents have changed is made anew."""
     if source is None:
         return Index.course()
     if isinstance(source, Index):
@@ -988,5 +1027,26 @@ def open_documents(source=None) -> Index:
     if isinstance(source, (str, Path)):
         for folder in (Path(source), Path(source) / DOT):
             if (folder / FILE).is_file():
-                return Index.open(folder)
+                return up_to_date(folder)
     return Index.build(source)
+
+# %% ../nbs/09_rag.ipynb #up-to-date
+def up_to_date(folder: Path) -> Index:
+    """The index in a folder; made anew if its documents have changed, in
+    memory if the folder cannot be written."""
+    index = Index.open(folder)
+    sources, origin = sources_of(index.origin, folder), index.origin
+    if not sources or stamps(find_documents(sources), folder) == origin[
+            "files"]:
+        return index
+    options = dict(embedder=index.embedder, size=index.settings["size"],
+                   overlap=index.settings["overlap"],
+                   max_bytes=origin["max_bytes"])
+    index = None                               # Windows: let go of its file
+    one = sources[0] if len(sources) == 1 else sources
+    try:
+        index = Index.build(one, folder, **options)
+    except PermissionError:
+        index = Index.build(one, **options)
+    index.renewed = True
+    return index

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOUNDS', 'METRIC_KINDS', 'Count', 'Penalty', 'StopText', 'Stops', 'Id', 'ROUTES', 'ERRORS', 'STREAM', 'HOME', 'Slots',
            'window', 'twice', 'step_layer', 'step_rows', 'row_decoder', 'PushedText', 'Token', 'Piece', 'Reply', 'Ask',
-           'Batch', 'read_chunk', 'draw_next', 'step_batch', 'APIError', 'Metrics', 'metrics_text', 'Limits',
+           'draw_next', 'Batch', 'read_chunk', 'step_batch', 'APIError', 'Metrics', 'metrics_text', 'Limits',
            'shutting_down', 'queue_full', 'Engine', 'next_ask', 'timed_out', 'sweep', 'note_first', 'engine_round',
            'fail_all', 'work', 'Body', 'StreamOptions', 'Drawing', 'Completion', 'TextPart', 'Message', 'TextFormat',
            'Chat', 'blame', 'shown', 'Service', 'options_of', 'encode', 'completion_prompts', 'chat_prompt', 'room_for',
@@ -49,7 +49,7 @@ from .attention import attention
 from .bpe import BPETokenizer
 from .chat import load_pair
 from .data import ChatRenderer
-from .generation import (Decoder, FastLinear, Generation, Options,
+from .generation import (Decoder, Generation, Options,
                                 RepetitionPenalty, Sample, TextStream,
                                 as_prompts, check, read)
 from .gpt2 import GPT2, GPT2Config, KVCache, gelu
@@ -134,13 +134,8 @@ def step_rows(decoder: Decoder, slots: Slots, tokens: list[int]) -> Tensor:
 
 # %% ../nbs/11_server.ipynb #rowdecoder
 def row_decoder(model: GPT2) -> Decoder:
-    """A decoder that lays its weights out for several rows only."""
+    """A decoder that has laid out its weights for few rows."""
     decoder = Decoder(model)
-    parts = [decoder.head] + [part for layer in decoder.layers
-                              for part in vars(layer).values()]
-    for part in parts:
-        if isinstance(part, FastLinear):
-            part.column = False
     slots = Slots(model.config, 1, max_length=16, device=model.device,
                   dtype=model.dtype)
     slots.lengths = [0]
@@ -252,6 +247,19 @@ class Ask:
                 answer.text.finish("error")
                 self.tell(number, Piece(error=error))
 
+# %% ../nbs/11_server.ipynb #drawf
+def draw_next(ask: Ask, number: int, logits: Tensor) -> bool:
+    """Draw a token for one answer and tell; False if it has ended."""
+    answer = ask.answers[number]
+    try:
+        piece = answer.draw(logits)
+    except Exception as error:                 # this row's trouble alone
+        answer.text.finish("error")
+        piece = Piece(error=error)
+    if piece.text or piece.tokens or piece.finish_reason or piece.error:
+        ask.tell(number, piece)
+    return answer.finish_reason is None
+
 # %% ../nbs/11_server.ipynb #batch
 class Batch:
     """The rows that are decoded together, and the prompt being read.
@@ -306,19 +314,6 @@ def read_chunk(batch: Batch, ask: Ask) -> int:
                 batch.slots.join(reader.cache)
                 batch.rows.append((ask, number))
     return len(part)
-
-# %% ../nbs/11_server.ipynb #drawf
-def draw_next(ask: Ask, number: int, logits: Tensor) -> bool:
-    """Draw a token for one answer and tell; False if it has ended."""
-    answer = ask.answers[number]
-    try:
-        piece = answer.draw(logits)
-    except Exception as error:                 # this row's trouble alone
-        answer.text.finish("error")
-        piece = Piece(error=error)
-    if piece.text or piece.tokens or piece.finish_reason or piece.error:
-        ask.tell(number, piece)
-    return answer.finish_reason is None
 
 # %% ../nbs/11_server.ipynb #stepbatch
 def step_batch(batch: Batch) -> None:
@@ -918,11 +913,15 @@ class Gone(Exception):
     """The client has left."""
 
 # %% ../nbs/11_server.ipynb #unlessgone-1
-async def unless_gone(request: Request, work: Any) -> Any:
-    """What `work` (awaitable) returns; Gone if the client leaves first."""
+async def unless_gone(receive: Callable, asks: Sequence[Ask],
+                      work: Any) -> Any:
+    """What `work` (awaitable) returns. If the client leaves first, the asks
+    are cancelled at once, the work too, and Gone is raised."""
     async def leaves():
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
+        for ask in asks:
+            ask.cancel()
 
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(leaves())]
     try:
@@ -972,7 +971,9 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await unless_gone(receive, self.asks, self.stream_response(send))
+        except Gone:
+            pass                               # nobody is there to be told
         finally:
             for ask in self.asks:
                 ask.cancel()
@@ -999,13 +1000,13 @@ async def respond(service: Service, request: Request, body: Drawing,
     service.engine.submit(*asks)
     pieces = news(box, count)
     try:
-        first = await unless_gone(request, anext(pieces))
+        first = await unless_gone(request.receive, asks, anext(pieces))
         if body.stream:
             options = body.stream_options or StreamOptions()
             lines = events(service, form, asks, chained(first, pieces),
                            options.include_usage)
             return EventStream(lines, asks)
-        await unless_gone(request, exhaust(pieces))
+        await unless_gone(request.receive, asks, exhaust(pieces))
         return JSONResponse(whole_body(service, form, asks))
     except BaseException:
         for ask in asks:

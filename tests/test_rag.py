@@ -284,6 +284,91 @@ def test_an_open_index_survives_its_replacement(library, tmp_path):
     assert not Index.open(tmp_path / "ix").search("Assam")
 
 
+def test_an_index_on_disk_notices_changed_documents(library):
+    """A changed text, a new one, one that is gone: each is noticed, and only what changed is read again."""
+    Index.build(library, library / rag.DOT, size=80, overlap=20)
+    before = rag.open_documents(library)
+    assert not before.renewed and before.search("Assam")[0].source == "a.md"
+    (library / "a.md").write_text("# Coffee\n\nCoffee grows in Kenya.\n")
+    (library / "new.txt").write_text("Cocoa is from Ghana.")
+    after = rag.open_documents(library)
+    assert after.renewed and after.kept == len(before.sources) - 1
+    assert [after.search(word)[0].source for word in ("Kenya", "Ghana")] == ["a.md", "new.txt"]
+    assert not after.search("Assam") and after.settings == before.settings
+    (library / "new.txt").unlink()
+    gone = rag.open_documents(library)
+    assert gone.renewed and not gone.search("Ghana")
+    assert not rag.open_documents(library).renewed and rag.open_documents(library).sources == gone.sources
+
+
+def test_a_new_date_alone_reads_nothing_again(library):
+    Index.build(library, library / rag.DOT)
+    for path in library.rglob("*.md"):
+        os.utime(path, ns=(1, 1))
+    index = rag.open_documents(library)
+    assert index.renewed and index.kept == len(index.sources) and not rag.open_documents(library).renewed
+
+
+def test_a_file_that_cannot_be_read_is_no_change(library):
+    (library / "noise.txt").write_bytes(b"\0\1")
+    Index.build(library, library / rag.DOT)
+    assert not rag.open_documents(library).renewed
+
+
+def test_folder_and_index_may_move_together(library, tmp_path):
+    Index.build(library, library / rag.DOT)
+    moved = tmp_path / "elsewhere"
+    library.rename(moved)
+    index = rag.open_documents(moved)
+    assert not index.renewed
+    (moved / "a.md").write_text("# Coffee\n\nCoffee grows in Kenya.\n")
+    assert rag.open_documents(moved).search("Kenya")[0].source == "a.md"
+
+
+def test_an_index_without_its_documents_opens_as_it_is(library, tmp_path):
+    Index.build(library, tmp_path / "ix")
+    library.rename(tmp_path / "gone")
+    index = rag.open_documents(tmp_path / "ix")
+    assert not index.renewed and index.search("Assam")[0].source == "a.md"
+
+
+def test_several_sources_keep_their_names(library, tmp_path, monkeypatch):
+    """From another folder, too, the index of a folder and a file is compared with the same documents."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("The whale is a mammal.")
+    made = Index.build([library, "book.txt"], "ix")
+    assert not rag.open_documents("ix").renewed
+    (tmp_path / "book.txt").write_text("The whale swims in every ocean.")
+    renewed = rag.open_documents("ix")
+    assert renewed.renewed and [name for name, *_ in renewed.sources] == [name for name, *_ in made.sources]
+    monkeypatch.chdir(tmp_path.parent)
+    assert not rag.open_documents(tmp_path / "ix").renewed
+    (tmp_path / "book.txt").write_text("The whale sings.")
+    assert rag.open_documents(tmp_path / "ix").search("sings")[0].source == str(tmp_path / "book.txt")
+
+
+def test_a_folder_that_cannot_be_written(library, monkeypatch):
+    """Then the index is made in memory, and the one on disk stays as it was."""
+    Index.build(library, library / rag.DOT)
+    before = (library / rag.DOT / rag.FILE).read_bytes()
+    (library / "a.md").write_text("# Coffee\n\nCoffee grows in Kenya.\n")
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+    monkeypatch.setattr(rag.os, "replace", refuse)
+    assert rag.open_documents(library).search("Kenya")
+    assert (library / rag.DOT / rag.FILE).read_bytes() == before
+
+
+def test_an_index_of_before_is_opened_as_it_is(library, tmp_path):
+    """An index that knows nothing of where it came from."""
+    index = Index.build(library, tmp_path / "ix")
+    index.origin = None
+    rag.save_index(index, tmp_path / "ix")
+    (library / "a.md").write_text("changed")
+    assert not rag.open_documents(tmp_path / "ix").renewed
+
+
 def test_another_embedding_model_must_rebuild(library, tmp_path, tiny, tokenizer):
     Index.build(library, tmp_path / "ix", embedder=ModelEmbedder(tiny, tokenizer, layer=1))
     with torch.no_grad():
@@ -530,6 +615,10 @@ def test_index_and_ask_a_folder(library):
     assert row["found"] and row["citations"][0]["source"] == "a.md"
     out, _ = run("ask", "boat", "--docs", library, "--passages", "--k", "1")
     assert "sub/b.txt, line 1" in out
+    (library / "c.txt").write_text("The ferry leaves at nine.")
+    out, err = run("ask", "ferry", "--docs", library, "--passages", "--k", "1")
+    assert "c.txt, line 1" in out and "documents have changed: indexed again, 2 of 3 files unchanged" in err
+    assert "changed" not in run("ask", "ferry", "--docs", library, "--passages", "--k", "1")[1]
 
 
 def test_command_line_errors_are_one_line(tmp_path):

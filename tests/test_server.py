@@ -3,6 +3,7 @@ import functools
 import http.client
 import json
 import socket
+import struct
 import threading
 import time
 from pathlib import Path
@@ -374,24 +375,95 @@ def test_raw_events(url):
     assert all(json.loads(event[6:])["choices"] for event in events[:-2])
 
 
-def test_a_client_that_leaves_stops_the_work(pair):
-    """Streamed and not: once the connection is closed, the row is gone after a token or two."""
-    app = create_app(*pair)
-    engine = app.state.engine
+class Notices:
+    """Around an app: calls `then` in the moment in which the server learns that a client has left."""
+
+    def __init__(self, app, then):
+        self.app, self.then = app, then
+
+    async def __call__(self, scope, receive, send):
+        async def noticed():
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self.then()
+            return message
+        await self.app(scope, noticed, send)
+
+
+def call_raw(url, **body):
+    """A socket over which a completion of up to 250 tokens was asked for."""
+    body = json.dumps({"model": "minigpt-chat", "prompt": "One", "max_tokens": 250, "seed": 2} | body).encode()
+    raw = socket.create_connection(url.removeprefix("http://").split(":"))
+    raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+                + str(len(body)).encode() + b"\r\n\r\n" + body)
+    return raw
+
+
+def answer_of(raw):
+    """The JSON that comes back over a socket."""
+    response = http.client.HTTPResponse(raw)
+    response.begin()
+    with raw, response:
+        return json.loads(response.read())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_a_client_that_leaves_stops_the_work(small, stream, how):
+    """After the server has learnt of it, the row draws the token it is at, at most one more, and ends. While the news
+    travels through the network, the engine is held inside a step; then it runs as fast as it can."""
+    app = create_app(*small)
+    engine, step = app.state.engine, app.state.engine.batch.step
+    gate, held = threading.Event(), threading.Event()
+    gate.set()
+
+    def gated():
+        if not gate.is_set():
+            held.set()
+            gate.wait(20)
+        step()
+
+    engine.batch.step = gated
+    app.add_middleware(Notices, then=gate.set)
     with running(app) as url:
-        for stream in (True, False):
-            steps, before = [], engine.batch.step
-            body = json.dumps({"model": "minigpt-chat", "prompt": "One day", "max_tokens": 900, "stream": stream,
-                               "top_k": 50, "stop": ["\ufffe"], "temperature": 1.5, "seed": 2}).encode()
-            raw = socket.create_connection(url.removeprefix("http://").split(":"))
-            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
-                        + str(len(body)).encode() + b"\r\n\r\n" + body)
-            wait_until(lambda: engine.batch.rows)
-            answer = engine.batch.rows[0][0].answers[0]
-            wait_until(lambda: len(answer.result.ids) >= 3)
-            raw.close()
-            wait_until(lambda: not engine.batch.rows)
-            assert answer.finish_reason == "length" and len(answer.result.ids) < 200
+        raw = call_raw(url, stream=stream)
+        wait_until(lambda: engine.batch.rows)
+        answer = engine.batch.rows[0][0].answers[0]
+        wait_until(lambda: len(answer.result.ids) >= 3)
+        gate.clear()
+        assert held.wait(20) and engine.batch.rows
+        before = len(answer.result.ids)
+        if how == "reset":
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.close()
+        wait_until(lambda: not engine.batch.rows)
+        after, counted = len(answer.result.ids), engine.metrics.values["minigpt_generated_tokens_total"]
+        assert after - before <= 2 and counted == after and answer.finish_reason == "length"
+        again = json.loads(send(url, "POST", "/v1/completions", json.dumps({"model": "minigpt-chat", "prompt": "One",
+                                "max_tokens": 250, "seed": 2}).encode(), JSON)[1])["choices"][0]["text"]
+        assert again.startswith(answer.text.text), "the engine goes on for others"
+
+
+def test_a_client_that_leaves_the_queue_never_begins(small):
+    app = create_app(*small, limits=Limits(max_batch=1))
+    engine, step = app.state.engine, app.state.engine.batch.step
+    gate, gone = threading.Event(), threading.Event()
+    engine.batch.step = lambda: (engine.batch.rows and gate.wait(20), step())
+    app.add_middleware(Notices, then=gone.set)
+    with running(app) as url:
+        first = call_raw(url, max_tokens=9)
+        wait_until(lambda: engine.batch.rows)
+        second = call_raw(url)
+        wait_until(lambda: engine.waiting)
+        ask = engine.waiting[0]
+        second.close()
+        assert gone.wait(20)
+        wait_until(lambda: ask.cancelled)
+        gate.set()
+        wait_until(lambda: not engine.waiting)
+        assert answer_of(first)["usage"]["completion_tokens"] == 9
+        assert ask.read == 0 and not ask.answers[0].result.ids
+        assert engine.metrics.values["minigpt_generated_tokens_total"] == 9
 
 
 def wait_until(true, seconds=20):
