@@ -185,8 +185,8 @@ def save_link(session: ChatSession) -> str:
     if not session.exchanges:
         return ""
     text = transcript(session.messages).encode()
-    return ("<a download='minigpt-chat.json' style='color:inherit' "
-            "href='data:application/json;base64,"
+    return ("<a download='minigpt-chat.json' style='color:inherit;"
+            "text-decoration:underline' href='data:application/json;base64,"
             f"{base64.b64encode(text).decode()}'>Save this chat</a>")
 
 # %% ../nbs/10_chat_ui.ipynb #read-upload
@@ -326,7 +326,8 @@ class ChatWidget(widgets.VBox):
             ("Again", "another answer to the last message", self.again),
             ("Clear", "forget the conversation", self.clear))}
         self.file = widgets.FileUpload(
-            accept=".json", description="Open", layout={"width": "7em"},
+            accept=".json", description="Open", icon="",
+            layout={"width": "6.5em"},
             tooltip="go on with a saved chat, instead of this one")
         self.file.observe(lambda change: self._chosen(), names="value")
         send, *others = self.buttons.values()
@@ -665,8 +666,8 @@ def chat_column(uploads: bool = True) -> dict:
         for name in ("Stop", "Again", "New chat"):
             at[name] = gr.Button(name, size="sm", min_width=60)
         if uploads:
-            at["Open chat"] = gr.UploadButton(
-                "Open chat", file_types=[".json"], size="sm", min_width=60)
+            at["Open"] = gr.UploadButton(
+                "Open", file_types=[".json"], size="sm", min_width=60)
     at["below"] = gr.HTML()
     return at
 
@@ -742,8 +743,8 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
     for event in (at["New chat"].click, talked.clear):
         event(clear, None, [talked, below], queue=False, **hidden)
     if uploads:
-        at["Open chat"].upload(open_chat, at["Open chat"], [talked, below],
-                               queue=False, **hidden)
+        at["Open"].upload(open_chat, at["Open"], [talked, below],
+                          concurrency_limit=None, **hidden)
 
 # %% ../nbs/10_chat_ui.ipynb #duel
 def duel(session: ChatSession, systems: dict[str, dict],
@@ -832,8 +833,9 @@ def page_style() -> dict:
     theme = gr.themes.Default(primary_hue="indigo",
                               font=["system-ui", "sans-serif"],
                               font_mono=["ui-monospace", "monospace"])
-    whole_words = ".prose td {overflow-wrap: normal; word-break: normal}"
-    return {"theme": theme, "css": whole_words, "footer_links": ["settings"],
+    css = (".prose td {overflow-wrap: normal; word-break: normal}\n"
+           "[data-testid=status-tracker]:has(.error) {display: none}")
+    return {"theme": theme, "css": css, "footer_links": ["settings"],
             "max_file_size": "10mb", "ssr_mode": False}
 
 # %% ../nbs/10_chat_ui.ipynb #check-folder

@@ -187,7 +187,7 @@ def save(page, folder: Path) -> Path:
 def choose(page, file) -> None:
     """Press Open and choose a file."""
     with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Open").click()
+        page.locator("button.widget-upload").click()
     chooser.value.set_files(file)
 
 
