@@ -709,6 +709,11 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
         yield from answers(session, pieces, past, text, gr.skip())
 
     @told
+    def fresh(request: gr.Request) -> tuple:
+        session = visitors.session(request.session_hash)
+        return as_shown(session.exchanges), foot(session)
+
+    @told
     def stop(request: gr.Request) -> None:
         visitors.session(request.session_hash).stop()
 
@@ -737,8 +742,9 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
                                                documents, uploads)
     talked, box, below = at["talked"], at["box"], at["below"]
     shown, settings = [talked, box, below], [adapter, files, *sliders]
-    box.submit(talk, [box, *settings], shown, **hidden, **BUSY)
-    at["Again"].click(again, settings, shown, **hidden, **BUSY)
+    for done in (box.submit(talk, [box, *settings], shown, **hidden, **BUSY),
+                 at["Again"].click(again, settings, shown, **hidden, **BUSY)):
+        done.success(fresh, None, [talked, below], queue=False, **hidden)
     at["Stop"].click(stop, queue=False, **hidden)
     for event in (at["New chat"].click, talked.clear):
         event(clear, None, [talked, below], queue=False, **hidden)
