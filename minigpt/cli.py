@@ -603,6 +603,8 @@ def ui(
     uploads: bool = typer.Option(True, "--uploads/--no-uploads",
                                  help="Let visitors bring files."),
     visitors: int = typer.Option(32, min=1, help="How many may talk."),
+    waiting: int = typer.Option(32, min=1, help="How many messages may wait "
+                                "for others' answers."),
 ) -> None:
     """Chat in the browser.
 
@@ -621,7 +623,8 @@ def ui(
         adapter_key(folder)                                # exists?
     session = ChatSession(model, documents=documents)
     page = gradio_app(session, adapters=adapter, card=model_card(model),
-                      votes=votes, uploads=uploads, visitors=visitors)
+                      votes=votes, uploads=uploads, visitors=visitors,
+                      waiting=waiting)
     _, address, _ = page.launch(
         server_name=host, server_port=port or free_port(), quiet=True,
         inbrowser=browser, prevent_thread_lock=True, **page_style())

@@ -62,3 +62,17 @@ def run_all_cells(page, address: str) -> None:
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+def contrast(page, selector: str) -> float:
+    """WCAG contrast of an element's text with what is behind it (all backgrounds laid over each other)."""
+    return page.locator(selector).last.evaluate("""element => {
+        const parse = text => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number)
+        const layers = []
+        for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor))
+        let under = [255, 255, 255]
+        for (const [r, g, b, a = 1] of layers.reverse()) under = [r, g, b].map((x, i) => x * a + under[i] * (1 - a))
+        const light = rgb => rgb.map(x => x / 255).map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+            .reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0)
+        const two = [light(parse(getComputedStyle(element).color).slice(0, 3)), light(under)].sort((a, b) => b - a)
+        return (two[0] + .05) / (two[1] + .05) }""")

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt.bpe import BPETokenizer
-from minigpt.chat import (ChatSession, Conversation, OneAtATime, Shelf, as_documents, load_pair, read_messages,
-                          turn_seed, write_messages)
+from minigpt.chat import (ChatSession, Conversation, OneAtATime, Shelf, as_documents, load_pair, parse_transcript,
+                          read_messages, transcript, turn_seed, write_messages)
 from minigpt.data import load_chats
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -731,7 +731,8 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     (b'[{"role": "user", "content": "Hi"}]', "has no answer"),
     (b'[{"role": "assistant", "content": "Hi"}]', "'user' is due"),
     (b'[{"role": "user", "content": 5}, {"role": "assistant", "content": "Hi"}]', "must be a text"),
-    (b'[{"role": "user"}]', "'content' is missing"), (b'[{"role": "system", "content": "Hi"}]', "has no answer")])
+    (b'[{"role": "user"}]', "'content' is missing"), (b'[{"role": "system", "content": "Hi"}]', "has no answer"),
+    (b'[{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "Hi"}]', "half a character")])
 def test_bad_transcripts_are_named_and_change_nothing(small, tmp_path, content, match):
     path = tmp_path / "bad.json"
     path.write_bytes(content)
@@ -743,6 +744,26 @@ def test_bad_transcripts_are_named_and_change_nothing(small, tmp_path, content, 
     assert "bad.json" in str(caught.value) and session.messages == before
     with pytest.raises(FileNotFoundError):
         read_messages(tmp_path / "none.json")
+
+
+def test_a_transcript_is_one_line_and_comes_back():
+    """Any texts, line breaks and marks and pairs of surrogates in json included."""
+    said = [{"role": "user", "content": "a\nb\u2028\r\n<|im_end|>"}, {"role": "assistant", "content": "😀 \"x\" \\"}]
+    line = transcript(said)
+    assert len(line.split("\n")) == 2 and line.endswith("\n")
+    for text in (line, json.dumps(said), json.dumps({"messages": said}, indent=2)):
+        assert parse_transcript(text.encode(), "x") == said
+
+
+def test_a_conversation_resumed_is_as_if_it_had_been_held_here(small):
+    """The next answer is that of the session which said it all, and nothing is left of what was said before."""
+    first = ChatSession(*small, seed=3, system="Be kind.", max_new_tokens=8)
+    first.reply("Hello"), first.reply("And now?")
+    other = ChatSession(*small, seed=3, max_new_tokens=8)
+    other.reply("Something else")
+    other.resume(first.messages)
+    assert other.last is None and other.hits == [] and other.messages == first.messages
+    assert other.reply("What else?") == first.reply("What else?") and other.system == "Be kind."
 
 
 def test_a_file_saved_on_windows_loads(tmp_path):

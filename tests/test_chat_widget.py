@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from browsers import BROWSER, jupyter_lab, launch, run_all_cells
+from browsers import BROWSER, contrast, jupyter_lab, launch, run_all_cells
 
 from minigpt import ui
 from minigpt.bpe import BPETokenizer
-from minigpt.chat import ChatSession
+from minigpt.chat import ChatSession, read_messages, transcript
 from minigpt.generation import generate_options
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -100,11 +100,11 @@ def test_tab_sends_nothing_and_goes_through_everything(page):
     """Half a sentence is left with Tab: it stays. Tab reaches every button and slider, in order; Enter still sends."""
     page.keyboard.type("What is a viol")
     reached = []
-    for _ in range(12):
+    for _ in range(13):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("(e => e.innerText || e.parentElement.closest('.widget-slider')?.innerText || "
                                      "e.className)(document.activeElement)").split("\n")[0])
-    names = ["Send", "Stop", "Again", "Clear", "Next tokens", "temperature", "top-k", "top-p", "length"]
+    names = ["Send", "Stop", "Again", "Clear", "Open", "Next tokens", "temperature", "top-k", "top-p", "length"]
     places = [next(i for i, text in enumerate(reached) if text.startswith(name)) for name in names]
     assert places == sorted(places), reached
     time.sleep(0.5)
@@ -163,20 +163,6 @@ def test_the_kernel_has_the_same_conversation(page):
     assert out.inner_text().strip() == f"said: {shown}"
 
 
-def contrast(page, selector: str) -> float:
-    """WCAG contrast of an element's text with what is behind it (all backgrounds laid over each other)."""
-    return page.locator(selector).last.evaluate("""element => {
-        const parse = text => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number)
-        const layers = []
-        for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor))
-        let under = [255, 255, 255]
-        for (const [r, g, b, a = 1] of layers.reverse()) under = [r, g, b].map((x, i) => x * a + under[i] * (1 - a))
-        const light = rgb => rgb.map(x => x / 255).map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
-            .reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0)
-        const two = [light(parse(getComputedStyle(element).color).slice(0, 3)), light(under)].sort((a, b) => b - a)
-        return (two[0] + .05) / (two[1] + .05) }""")
-
-
 @pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
 def test_readable_in_both_themes(page, theme):
     page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
@@ -187,6 +173,67 @@ def test_readable_in_both_themes(page, theme):
     low = min(contrast(page, f".minigpt-chat .said-{role}") for role in ("user", "assistant"))
     shot(page, theme.split()[1].lower() + "-theme")
     assert low >= 4.5                                  # WCAG AA
+
+
+def save(page, folder: Path) -> Path:
+    """Click the link; the file that the browser wrote."""
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Save this chat").click()
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+def choose(page, file) -> None:
+    """Press Open and choose a file."""
+    with page.expect_file_chooser() as chooser:
+        page.locator("button.widget-upload").click()
+    chooser.value.set_files(file)
+
+
+def test_a_chat_is_saved_and_opened(page, tmp_path):
+    """The link gives a transcript of what is shown; opened after Clear, it is shown again, and the model goes on."""
+    shown = page.locator(".minigpt-chat .said-user").all_inner_texts()
+    path = save(page, tmp_path)
+    messages = read_messages(path)
+    assert path.name == "minigpt-chat.json" and len(messages) == 8
+    assert [m["content"] for m in messages[0::2]] == [text.split("\n", 1)[1] for text in shown]
+    for _ in range(2):                                 # the same file twice
+        page.get_by_role("button", name="Clear").click()
+        page.get_by_text("Say something.").wait_for()
+        assert page.get_by_role("link", name="Save this chat").count() == 0
+        choose(page, str(path))
+        answered(page, 4)
+        assert page.locator(".minigpt-chat .said-user").all_inner_texts() == shown
+        assert page.get_by_role("status").inner_text() == "Opened minigpt-chat.json."
+    own = ChatSession(temperature=0, seed=1, max_new_tokens=16)
+    own.resume(messages)
+    slider(page, "temperature").press("Home")
+    slider(page, "length").press("Home")
+    slider(page, "length").press("ArrowRight")         # 16 tokens
+    page.locator(".widget-text input").fill("What is a whale?")
+    page.locator(".widget-text input").press("Enter")
+    assert answered(page, 5) == own.reply("What is a whale?")
+    assert read_messages(save(page, tmp_path)) == own.messages
+
+
+@pytest.mark.parametrize("content, told", [
+    (b"Dear diary", "bad.json is no transcript"), (b"[]", "bad.json: expected a list"),
+    (b" " * 1_000_001, "bad.json has 1,000,001 bytes"),
+    (b'[{"role": "<img src=http://example.com/x.png>", "content": "Hi"}]', "the role is '<img")])
+def test_a_bad_file_is_told_in_a_line_and_changes_nothing(page, content, told):
+    shown = page.locator(".minigpt-chat").inner_text()
+    choose(page, {"name": "bad.json", "mimeType": "application/json", "buffer": content})
+    page.get_by_role("status").filter(has_text=told).wait_for(timeout=20_000)
+    assert "\n" not in page.get_by_role("status").inner_text()
+    assert page.get_by_role("status").locator("img").count() == 0
+    assert page.locator(".minigpt-chat").inner_text() == shown
+
+
+def test_nothing_is_clipped_or_wider_than_the_cell(page):
+    """Every button shows its whole name, and the chat needs no scrolling to the side."""
+    assert page.evaluate("""() => [...document.querySelectorAll('.jp-OutputArea button, .minigpt-chat')]
+        .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)""") == []
 
 
 def test_clear_forgets(page):
@@ -328,3 +375,16 @@ def test_messages_while_one_is_answered_wait_in_the_box(small):
         gate.set()
     widget.wait()
     assert [user for user, _ in session.exchanges] == ["One"]
+
+
+def test_a_transcript_opened_while_an_answer_comes(small):
+    """The answer is ended first; what was opened is all that there is."""
+    session = ChatSession(*small, max_new_tokens=90, seed=1)
+    widget = ui.ChatWidget(session)
+    said = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello."}]
+    widget.send("Tell me a story")
+    widget.load(transcript(said).encode(), "talk.json")
+    assert session.messages == said and not widget.busy
+    assert "Opened talk.json with its system text." in widget.page.note.value
+    assert "Be kind." in widget.page.past.value and session.last is None

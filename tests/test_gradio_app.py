@@ -8,16 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from browsers import BROWSER, launch
+from browsers import BROWSER, contrast, launch
 
 from minigpt import ui
 from minigpt.bpe import BPETokenizer
-from minigpt.chat import ChatSession
+from minigpt.chat import ChatSession, read_messages, transcript
 from minigpt.evaluation import Votes
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -59,30 +61,37 @@ def adapter(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, adapter):
-    """`minigpt ui` as a process: its address and its folder. Ends with Ctrl-C."""
+@contextmanager
+def running(home: Path, *arguments: str):
+    """`minigpt ui` as a process in the folder `home`: its address. Ends with Ctrl-C, without a traceback."""
     pytest.importorskip("gradio")
-    home = tmp_path_factory.mktemp("ui")
     (home / "sitecustomize.py").write_text(GUARD, encoding="utf-8")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), str(ROOT)]), "MINIGPT_TEST_LOG": str(home / "abroad"),
                         "GRADIO_TEMP_DIR": str(home / "gradio"), "TMPDIR": str(home), "GRADIO_HEARTBEAT_INTERVAL": "0.5"}
     env.pop("GRADIO_ANALYTICS_ENABLED", None)
     process = subprocess.Popen(
-        [sys.executable, "-m", "minigpt", "ui", "--port", "0", "--no-browser", "--adapter", str(adapter), "--votes",
-         str(home / "votes.jsonl")], env=env, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        [sys.executable, "-m", "minigpt", "ui", "--port", "0", "--no-browser", "--votes", str(home / "votes.jsonl"),
+         *arguments], env=env, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         line, lines = "", []
         while not (found := re.search(r"http://127\.0\.0\.1:\d+/", line)):
             line = process.stdout.readline()
             lines.append(line)
             assert line, f"the server ended: {lines}"
-        yield found[0], home
+        yield found[0]
     finally:
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=30)
         assert "Traceback" not in rest, rest
         assert process.returncode == 130
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, adapter):
+    """A page for all tests: its address and its folder."""
+    home = tmp_path_factory.mktemp("ui")
+    with running(home, "--adapter", str(adapter)) as address:
+        yield address, home
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +109,7 @@ class Person:
     """Somebody with a browser of their own."""
 
     def __init__(self, browser, url: str, **more):
-        self.context = browser.new_context(viewport={"width": 1200, "height": 1000}, **more)
+        self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 1000}} | more)
         self.page = self.context.new_page()
         self.page.route("**/*", self.route)
         self.page.on("websocket", lambda ws: seen.append(ws.url))
@@ -129,10 +138,29 @@ class Person:
     def press(self, name: str) -> None:
         self.page.get_by_role("button", name=name, exact=True).click()
 
+    def choose(self, button: str, files) -> None:
+        with self.page.expect_file_chooser() as chooser:
+            self.press(button)
+        chooser.value.set_files(files)
+
+    def save(self, folder: Path) -> Path:
+        """Click the link; the file that the browser wrote."""
+        with self.page.expect_download() as download:
+            self.page.get_by_role("link", name="Save this chat").click()
+        path = folder / download.value.suggested_filename
+        download.value.save_as(path)
+        return path
+
     def set(self, label: str, value: str) -> None:
         field = self.page.get_by_label(f"number input for {label}")
         field.fill(value)
         field.press("Tab")
+
+    def sees_the_last_answer(self) -> bool:
+        """Whether nothing lies over it."""
+        return self.page.get_by_test_id("bot").last.evaluate("""bot => {
+            const {x, y, width, height} = bot.getBoundingClientRect()
+            return bot.contains(document.elementFromPoint(x + width / 2, y + height / 2)) }""")
 
     def shot(self, name: str) -> None:
         if folder := os.environ.get("MINIGPT_SCREENSHOTS"):
@@ -230,6 +258,12 @@ def test_documents_are_asked_and_cited(ada, tmp_path, alone):
     assert ada.page.locator("mark").all_inner_texts() == [own.citations[0].text]
     assert ada.texts("user") == ["When does the ferry leave?"]      # not the text that the model read
     ada.shot("documents")
+    for dark in (False, True):
+        ada.page.evaluate("dark => document.body.classList.toggle('dark', dark)", dark)
+        ada.page.wait_for_timeout(500)                              # colours are faded in
+        assert min(contrast(ada.page, what) for what in ("mark", "a[download]")) >= 4.5     # WCAG AA
+    ada.shot("documents-dark")
+    ada.page.evaluate("document.body.classList.remove('dark')")
 
 
 def test_a_file_that_cannot_be_read_is_told(ada, tmp_path):
@@ -301,6 +335,89 @@ def test_card_and_bad_input(ada):
     assert ada.texts("user") == before and ada.box.input_value().startswith("a a")
 
 
+def test_a_chat_is_saved_and_opened(server, browser, alone, tmp_path):
+    """A real download is a transcript; opened on somebody else's page, the conversation goes on there."""
+    cleo, dan = (Person(browser, server[0]) for _ in range(2))
+    own = alone.sibling()
+    for person in (cleo, dan):
+        person.set("temperature", "0")
+        assert person.page.get_by_role("link", name="Save this chat").count() == 0
+    cleo.say("My name is Cleo.")
+    assert cleo.hear(1) == own.reply("My name is Cleo.")
+    path = cleo.save(tmp_path)
+    assert path.name == "minigpt-chat.json" and read_messages(path) == own.messages
+    dan.choose("Open", str(path))
+    assert dan.hear(1) == own.exchanges[0][1] and dan.texts("user") == ["My name is Cleo."]
+    dan.page.get_by_text("Opened minigpt-chat.json.").wait_for()
+    dan.say("What is my name?")
+    assert dan.hear(2) == own.reply("What is my name?")
+    assert read_messages(dan.save(tmp_path)) == own.messages
+    assert len(cleo.texts("user")) == 1                # her page is hers
+    cleo.context.close(), dan.context.close()
+
+
+def test_open_ends_an_answer_and_new_chat_has_the_pages_system_text(server, browser, tmp_path):
+    fay = Person(browser, server[0])
+    fay.set("temperature", "0")
+    fay.set("length", "512")
+    fay.say("Tell me a long story about a lighthouse.")
+    fay.page.wait_for_function("() => [...document.querySelectorAll('[data-testid=bot]')].at(-1)?.innerText.length > 30")
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<b>Hi</b>"},
+            {"role": "assistant", "content": "Hello."}]
+    (tmp_path / "talk.json").write_text(transcript(said), encoding="utf-8")
+    fay.choose("Open", str(tmp_path / "talk.json"))
+    fay.page.get_by_text("Hello.", exact=True).wait_for()
+    fay.page.wait_for_timeout(1000)                    # nothing of the ended answer comes late
+    assert fay.hear(1) == "Hello." and fay.texts("user") == ["<b>Hi</b>"]
+    assert read_messages(fay.save(tmp_path)) == said
+    fay.press("New chat")
+    fay.page.wait_for_function("() => !document.querySelector('[data-testid=bot]')")
+    fay.set("length", "8")
+    fay.say("Hello")
+    fay.hear(1)
+    assert [m["role"] for m in read_messages(fay.save(tmp_path))] == ["user", "assistant"]
+    fay.context.close()
+
+
+@pytest.mark.parametrize("name, content, told", [
+    ("bad.json", b"Dear diary", "bad.json is no transcript"), ("bad.json", b"[]", "expected a list of messages"),
+    ("bad.json", b" " * 1_000_001, "bad.json has 1,000,001 bytes"), ("bad.txt", b"{}", "Invalid file type"),
+    ("bad.json", b'[{"role": "<img src=http://example.com/x.png>", "content": "Hi"}]', "the role is '<img")])
+def test_a_bad_transcript_is_told_in_a_line_and_changes_nothing(ada, name, content, told):
+    before = ada.texts("user"), ada.texts("bot")
+    ada.choose("Open", {"name": name, "mimeType": "application/json", "buffer": content})
+    toast = ada.page.get_by_test_id("toast-body").filter(has_text=told)
+    toast.wait_for()
+    assert "Traceback" not in toast.inner_text() and toast.locator("img").count() == 0
+    assert len(toast.inner_text()) < 300 and (ada.texts("user"), ada.texts("bot")) == before
+    assert ada.sees_the_last_answer()
+    toast.get_by_test_id("toast-close").click()
+    toast.wait_for(state="detached")
+
+
+def test_on_a_phone(server, browser):
+    """390 pixels wide: no scrolling to the side, no button or box whose text is cut, no word of a table broken."""
+    gil = Person(browser, server[0], viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    gil.say("Hello")
+    gil.hear(1)
+    for tab in ("Chat", "Compare", "Model card"):
+        gil.page.get_by_role("tab", name=tab).click()
+        assert gil.page.evaluate("document.documentElement.scrollWidth") == 390
+        gil.page.wait_for_function("() => [...document.querySelectorAll('button, input')].some(e => e.offsetParent)")
+        cut = gil.page.evaluate("""() => [...document.querySelectorAll('button, input')]
+            .filter(e => e.offsetParent && e.clientWidth && e.scrollWidth > e.clientWidth + 1 && !e.matches('.label-wrap'))
+            .map(e => [e.innerText || e.value, e.clientWidth, e.scrollWidth])""")
+        assert cut == [], f"{tab}: {cut}"
+        gil.shot(f"phone-{tab}")
+    names = gil.page.locator("td:first-child").filter(has_text="parameters")
+    assert names.evaluate("e => e.getBoundingClientRect().height") < 60
+    gil.page.get_by_role("tab", name="Chat").click()
+    rows = {gil.page.get_by_role("button", name=name, exact=True).bounding_box()["y"]
+            for name in ("Stop", "Again", "New chat", "Open")}
+    assert len(rows) == 1
+    gil.context.close()
+
+
 def test_who_leaves_is_forgotten(ada, server, browser):
     """Uploaded files lie in a folder of the visitor; it is gone soon after the page was closed."""
     home = server[1]
@@ -334,6 +451,87 @@ def test_functions_are_not_public(server):
     with urllib.request.urlopen(f"{server[0]}gradio_api/info") as answer:
         info = json.load(answer)
     assert info["named_endpoints"] == {} and info["unnamed_endpoints"] == {}
+
+
+# ------------------------------------------------------------------ a full queue
+
+def ask(address: str, path: str, **body) -> tuple[int, dict]:
+    """Post json to the page as a browser does: the status and what came back."""
+    request = urllib.request.Request(f"{address}gradio_api/{path}", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def told_of(address: str, visitor: str):
+    """The messages that the page sends to a visitor, as they come; the stream is open once this returns."""
+    stream = urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash={visitor}", timeout=120)
+    return (json.loads(line[6:]) for line in stream if line.startswith(b"data: "))
+
+
+def until(messages, kind: str) -> dict:
+    return next(m for m in messages if m["msg"] == kind)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A page where two answer at a time and one message may wait: its address, and the number of a function."""
+    with running(tmp_path_factory.mktemp("narrow"), "--waiting", "1") as address:
+        with urllib.request.urlopen(f"{address}config") as answer:
+            config = json.load(answer)
+        labels = {c["id"]: c["props"].get("label") or c["props"].get("value") for c in config["components"]}
+
+        def number(label: str, event: str) -> int:
+            return next(d["id"] for d in config["dependencies"] for target, e in d["targets"]
+                        if labels.get(target) == label and e == event)
+        yield address, number
+
+
+def test_a_full_queue_is_told_and_ends(narrow, browser, alone):
+    """Two are answered, one waits. The next one gets a plain message, over HTTP and in the browser, loses nothing, and
+    is answered when the others have gone."""
+    address, number = narrow
+    talk, stop = number("Message", "submit"), number("Stop", "click")
+    hal = Person(browser, address)
+    hal.set("temperature", "0")
+    own = alone.sibling()
+    hal.say("My name is Hal.")
+    assert hal.hear(1) == own.reply("My name is Hal.")
+
+    def say(visitor: str, text: str, length: int = 512):
+        return ask(address, "queue/join", fn_index=talk, session_hash=visitor,
+                   data=[text, "none", "none", 0, 50, 0.9, length])
+    heard = {}
+    for visitor in ("one", "two", "three"):
+        assert say(visitor, "Tell me a long story about a lighthouse.")[0] == 200
+        heard[visitor] = told_of(address, visitor)
+        until(heard[visitor], "estimation" if visitor == "three" else "process_generating")
+    status, said = say("four", "Hello")
+    assert status == 503 and said == {"detail": "Queue is full. Max size is 1 and size is 1."}
+    hal.say("What is my name?")
+    toast = hal.page.get_by_test_id("toast-body").filter(has_text="busy")
+    toast.wait_for()
+    hal.page.wait_for_timeout(500)                     # it is faded in
+    hal.shot("busy")
+    assert hal.sees_the_last_answer()
+    assert "Please try again" in toast.inner_text() and "Traceback" not in hal.page.content()
+    assert hal.box.input_value() == "What is my name?" and hal.texts("user") == ["My name is Hal."]
+    for visitor in ("one", "two", "three"):
+        if visitor == "three":
+            until(heard[visitor], "process_generating")
+        ask(address, "run/predict", fn_index=stop, session_hash=visitor, data=[])
+        assert until(heard[visitor], "process_completed")["success"]
+    hal.box.press("Enter")                             # what he typed is still there
+    assert hal.hear(2) == own.reply("What is my name?")
+    assert say("four", "What is a whale?", 16)[0] == 200
+    done = until(told_of(address, "four"), "process_completed")
+    own = alone.sibling()
+    own.max_new_tokens = 16
+    assert done["success"] and done["output"]["data"][0][1]["content"][0]["text"] == own.reply("What is a whale?")
+    hal.context.close()
 
 
 # ------------------------------------------------------------------ without a browser
@@ -397,7 +595,7 @@ def test_uploaded_names_stay_in_their_folder(tmp_path):
 
 
 @pytest.mark.parametrize("bad, match", [(dict(votes="nowhere/votes.jsonl"), "no such folder"),
-                                        (dict(visitors=0), "visitors=0")])
+                                        (dict(visitors=0), "visitors=0"), (dict(waiting=0), "waiting=0")])
 def test_bad_arguments_of_the_page(small, bad, match):
     with pytest.raises((ValueError, FileNotFoundError), match=match):
         ui.gradio_app(ChatSession(*small), **bad)
@@ -413,3 +611,17 @@ def test_duels_are_fair(small):
     assert len(session.exchanges) == 1 and session.temperature == 0.7
     with pytest.raises(ValueError, match="against itself"):
         ui.duel(session, {"a": {}}, ["a", "a"], "Hello")
+
+
+def test_without_uploads_nothing_is_opened(small, tmp_path):
+    names = [{b.value for b in ui.gradio_app(ChatSession(*small), votes=tmp_path / "v", uploads=uploads).blocks.values()
+              if b.get_block_name() == "button"} | {
+                  b.label for b in ui.gradio_app(ChatSession(*small), votes=tmp_path / "v", uploads=uploads).blocks.values()
+                  if b.get_block_name() == "uploadbutton"} for uploads in (True, False)]
+    assert names[0] - names[1] == {"Open", "Upload adapter", "Upload documents"}
+
+
+def test_a_card_shows_marks_and_hides_tags(tmp_path):
+    """What begins a tag is text, whatever stands before it; a `<` that begins none stays as it is, in code too."""
+    (tmp_path / "README.md").write_text("`<|im_end|>` 1 < 2 `<b>` <b>x <img src=y> <!-- z --> </i> <?p", encoding="utf-8")
+    assert ui.model_card(tmp_path) == ("`<|im_end|>` 1 < 2 `&lt;b>` &lt;b>x &lt;img src=y> &lt;!-- z --> &lt;/i> &lt;?p")
