@@ -510,6 +510,17 @@ def test_only_supported_answers_count(library):
     assert (answer.text, answer.found, answer.hits) == (rag.NOT_SAID, False, [])
 
 
+@pytest.mark.parametrize("text, answer, whole", [
+    ("The cache does not keep queries.", "It keeps queries.", False), ("The cache keeps keys.", "It does not keep keys.", False),
+    ("The cache never keeps queries.", "It does not keep queries.", True), ("The cache keeps keys.", "It keeps keys.", True),
+    ("The cache doesn\u2019t keep queries.", "The cache keeps queries.", False)])
+def test_a_denial_is_not_held_by_its_opposite(text, answer, whole, tmp_path):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    hits = rag.Index.build(tmp_path / "a.txt").search("cache", 1)
+    [found] = rag.cite(answer, hits, least=0)
+    assert (found.share == 1) is whole and rag.supported(answer, [found]) is whole
+
+
 def test_prompt_is_the_form_of_the_training_rows():
     rows = [json.loads(line) for name in ("held", "chats") for line in
             (ROOT / f"minigpt/assets/data/{name}.jsonl").read_text(encoding="utf-8").splitlines()]
