@@ -541,7 +541,7 @@ def credit(question: Question, options: Sequence[OptionScore],
            by: str = "sum") -> float:
     """1 if the right option is the likeliest, a share of it in a tie."""
     values = option_values(options, by)
-    tied = [value >= max(values) - 1e-6 for value in values]
+    tied = [value >= max(values) - 1e-4 for value in values]  # rounding
     return tied[question.answer] / sum(tied)
 
 # %% ../nbs/06_evaluation.ipynb #choiceacc

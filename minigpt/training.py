@@ -284,7 +284,11 @@ def distribute(model: nn.Module, config: TrainConfig, ranks: Ranks,
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    kind = ranks.device.type
+    if kind == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise RuntimeError(f"torch {torch.__version__} can't shard a model on "
+                           "CPUs: use a newer one, or parallel='ddp'")
+    mesh = init_device_mesh(kind, (ranks.world,))
     policy = MixedPrecisionPolicy(param_dtype=dtype,
                                   reduce_dtype=torch.float32)
     for block in model.blocks:

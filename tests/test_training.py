@@ -335,11 +335,12 @@ def test_shuffled_order_reads_each_window_once():
 
 
 def test_time_limit_ends_the_run_and_the_schedule():
-    config = TrainConfig(max_steps=None, max_seconds=1.0, warmup_steps=2, batch_size=2, log_every=1)
+    config = TrainConfig(max_steps=None, max_seconds=2.0, warmup_steps=2, batch_size=2, log_every=1)
     result = train(tiny(), stream(), config, progress=False)
-    assert result.history[-1]["seconds"] >= 1.0
-    assert result.history[-2]["seconds"] < 1.0
-    assert result.history[-1]["lr"] < 0.2 * config.lr
+    assert result.history[-1]["seconds"] >= 2.0
+    assert result.history[-2]["seconds"] <= 2.0              # the log rounds to milliseconds
+    begun = result.history[-2]["seconds"] / 2.0              # the schedule goes by the time at which a step begins
+    assert result.history[-1]["lr"] == pytest.approx(t.learning_rate(config, result.step - 1, begun), abs=0.05 * config.lr)
 
 
 # ------------------------------------------------------------------ checkpoints that survive
@@ -540,6 +541,7 @@ def small_recipe() -> dict:
     return recipe | {"tokenizer": {"train": 400}}
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch runs no FSDP2 on a CPU (2.6 does not)")
 def test_two_processes_are_one(tmp_path, ledger):
     """DDP and FSDP2 over gloo against one process; checkpoints move between one and two."""
     data, held = stream(), stream(400, 1)
