@@ -32,7 +32,7 @@ RUNS = {
     "attention": "attention.py",
     "train_step": "train_step.py --configs mini --rounds 9 --no-compile",
     "train_step_small": "train_step.py --configs gpt2-small --rounds 3 --no-compile",
-    "train_step_forward": "train_step.py --rounds 9 --forward --configs mini",
+    "train_step_forward": "train_step.py --rounds 9 --forward --no-compile --configs mini gpt2-small",
     "train_loop": "train_loop.py",
     "generate": "generate.py --configs mini --rounds 3",
     "generate_small": "generate.py --configs gpt2-small --batches 1 --new 64 --rounds 2",

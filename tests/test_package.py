@@ -110,7 +110,7 @@ def foreign_imports() -> dict[str, set[str]]:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
                 [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
             for name in (n.split(".")[0] for n in names):
-                if name not in sys.stdlib_module_names and name != "minigpt":
+                if name not in sys.stdlib_module_names | {"tomllib"} and name != "minigpt":  # 3.10 has no tomllib
                     found.setdefault(name, set()).add(path.stem + ", later" * bool(node.col_offset))
     return found
 
