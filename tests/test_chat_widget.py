@@ -77,6 +77,21 @@ def slider(page, name: str):
     return page.locator(".widget-slider", has_text=name).locator(".noUi-handle").first
 
 
+def press(page, name: str, key: str, shown: str) -> None:
+    """Press a key on a slider, and wait until the number beside it is the one that is wanted, and the kernel has heard it:
+    a slider sends one message at a time and holds the next one back."""
+    slider(page, name).press(key)
+    readout = page.locator(".widget-slider", has_text=name).locator(".widget-readout").first
+    for _ in range(100):
+        page.wait_for_timeout(100)
+        if readout.inner_text().strip() == shown:
+            break
+    else:
+        raise AssertionError(f"{name} shows {readout.inner_text()!r} after {key}, not {shown!r}")
+    page.wait_for_timeout(400)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
+
+
 # ------------------------------------------------------------------ in JupyterLab
 
 def test_typing_enter_and_focus(page):
@@ -208,9 +223,9 @@ def test_a_chat_is_saved_and_opened(page, tmp_path):
         assert page.get_by_role("status").inner_text() == "Opened minigpt-chat.json."
     own = ChatSession(temperature=0, seed=1, max_new_tokens=16)
     own.resume(messages)
-    slider(page, "temperature").press("Home")
-    slider(page, "length").press("Home")
-    slider(page, "length").press("ArrowRight")         # 16 tokens
+    press(page, "temperature", "Home", "0.00")
+    press(page, "length", "Home", "8")
+    press(page, "length", "ArrowRight", "16")
     page.locator(".widget-text input").fill("What is a whale?")
     page.locator(".widget-text input").press("Enter")
     assert answered(page, 5) == own.reply("What is a whale?")

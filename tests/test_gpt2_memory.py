@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self")
 
 CASES = [  # name, batch, block, dtype, pass
-    ("nano", 64, 256, "float32", "forward"), ("nano", 64, 256, "bfloat16", "forward"),
+    ("nano", 64, 256, "float32", "forward"),
     ("nano", 32, 256, "float32", "training"), ("nano", 16, 256, "bfloat16", "training"),
     ("mini", 4, 256, "float32", "forward"), ("mini", 4, 256, "bfloat16", "forward"),
     ("mini", 2, 256, "float32", "training"), ("mini", 1, 1024, "bfloat16", "training"),
