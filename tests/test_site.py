@@ -114,6 +114,16 @@ def test_ratios_of_a_benchmark_by_hand():
     assert "## Where minigpt loses\n\n|" in benchmark_page.page(kept)
 
 
+def test_headings_of_the_reference_and_cells_of_the_pages_have_ids_of_their_own(tmp_path):
+    for name, text in reference.pages({}).items():
+        found = re.findall(r"\{#([^}]+)\}", text)
+        assert len(found) == len(set(found)), f"{name}: {sorted(i for i in found if found.count(i) > 1)}"
+    site_tool().prepare(tmp_path, quarto=True)               # the folder that Quarto renders
+    for path in tmp_path.glob("*.ipynb"):
+        found = [cell["id"] for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        assert len(found) == len(set(found)), path.name
+
+
 # ------------------------------------------------------------------ style
 
 @pytest.mark.parametrize("path", CHAPTERS)

@@ -77,7 +77,8 @@ def members(node: ast.ClassDef) -> list[Name]:
     """The public methods and properties of a class, and its attributes with a type, in order."""
     found = []
     for item in node.body:
-        if isinstance(item, FUNCTION) and not item.name.startswith("_"):
+        setter = any(ast.unparse(d).endswith(".setter") for d in getattr(item, "decorator_list", []))
+        if isinstance(item, FUNCTION) and not item.name.startswith("_") and not setter:
             found.append(function(item, f"{node.name}."))
     return found
 

@@ -77,7 +77,7 @@ def processed(nb: dict, targets: dict[str, str]) -> dict:
     """A notebook as a page: title and description in front, directives gone, names linked to the reference."""
     title, about = re.match(r"#\s+(.+)\s+>\s*(.+)\n?", nb_tool.source(nb["cells"][0])).groups()
     front = f"---\ntitle: {json.dumps(title)}\ndescription: {json.dumps(about, ensure_ascii=False)}\n---"
-    cells = [{"cell_type": "raw", "id": "front", "metadata": {}, "source": front}]
+    cells = [{"cell_type": "raw", "id": "page-front", "metadata": {}, "source": front}]
     exp = re.search(r"(?m)^#\|\s*default_exp\s+(\w+)", "\n".join(map(nb_tool.source, nb["cells"])))
     for i, cell in enumerate(nb["cells"]):
         text = nb_tool.source(cell)
