@@ -38,6 +38,16 @@ def ledger(request):
     return note
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch on one thread for the tests of a module that ask for it."""
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def distributions(tmp_path_factory):
     """(sdist, wheel): built once a session from a copy of the sources, the wheel from the sdist; nothing is fetched."""

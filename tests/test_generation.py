@@ -16,13 +16,7 @@ transformers = pytest.importorskip("transformers")
 INF = float("inf")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Single tokens of small models: threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # single tokens: threads would mostly wait for each other
 
 
 @pytest.fixture(scope="module")

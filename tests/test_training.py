@@ -47,13 +47,7 @@ def gradients(stepper: Stepper, ids: np.ndarray, targets: np.ndarray) -> torch.T
     return torch.cat([p.grad.flatten() for p in stepper.model.parameters()])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums in one order, here and in the processes that the tests start."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # sums in one order, here and in the processes that the tests start
 
 
 def run_script(code: str, *args, env: dict | None = None) -> subprocess.Popen:
