@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt import generation as g
-from test_generation import (as_hf, hf, hf_batch, hf_generate, model, new_tokens, one_thread, prompts, tiny,  # noqa: F401
+from test_generation import (as_hf, hf, hf_batch, hf_generate, model, new_tokens, prompts, tiny,  # noqa: F401
                              tokenizer)
 
 
