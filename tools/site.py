@@ -3,6 +3,7 @@
     python tools/site.py                   build
     python tools/site.py --check           build, and fail on a broken link
     python tools/site.py --prepare FOLDER  only write the folder that Quarto can render: quarto render FOLDER
+    python tools/site.py --links FOLDER    build nothing; fail on a broken link in the pages of FOLDER
 
 The pages are the notebooks with their saved outputs, the Markdown pages of nbs/, and the reference of the public API
 (tools/reference.py). smalldocs renders them from _quarto.yml; what it would fetch from elsewhere (web fonts, KaTeX) is
@@ -28,7 +29,7 @@ import reference  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-STATIC = ("styles.css", "favicon.svg", "colab-badge.svg")
+STATIC = ("styles.css", "fonts.scss", "favicon.svg", "colab-badge.svg")
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 CODE = re.compile(r"(```.*?```|\[[^\]]*\]\([^)]*\)|<details>.*?</details>)", re.S)
 
@@ -73,11 +74,19 @@ def shown_code(text: str, module: str) -> str | None:
     return "\n".join(lines).strip("\n") or None
 
 
-def processed(nb: dict, targets: dict[str, str]) -> dict:
+def as_markdown(cell: dict) -> dict:
+    """A cell whose HTML outputs are Markdown (a block of raw HTML): for others, Quarto loads scripts from elsewhere."""
+    def mended(output: dict) -> dict:
+        page = output.get("data", {}).get("text/html")
+        return output | {"data": {"text/markdown": ["```{=html}\n", *page, "\n```\n"]}} if page else output
+    return cell | {"outputs": [mended(o) for o in cell["outputs"]]} if cell.get("outputs") else cell
+
+
+def processed(nb: dict, targets: dict[str, str], quarto: bool = False) -> dict:
     """A notebook as a page: title and description in front, directives gone, names linked to the reference."""
     title, about = re.match(r"#\s+(.+)\s+>\s*(.+)\n?", nb_tool.source(nb["cells"][0])).groups()
     front = f"---\ntitle: {json.dumps(title)}\ndescription: {json.dumps(about, ensure_ascii=False)}\n---"
-    cells = [{"cell_type": "raw", "id": "page-front", "metadata": {}, "source": front}]
+    cells = [{"cell_type": "raw", "id": "page-front", "metadata": {}, "source": front.splitlines(True)}]
     exp = re.search(r"(?m)^#\|\s*default_exp\s+(\w+)", "\n".join(map(nb_tool.source, nb["cells"])))
     for i, cell in enumerate(nb["cells"]):
         text = nb_tool.source(cell)
@@ -89,8 +98,8 @@ def processed(nb: dict, targets: dict[str, str]) -> dict:
             if i == 0:
                 text = re.sub(r"^#.*\n+>.*\n?", "", text, count=1)
             text = with_reference(renamed(text.replace(BADGE, "colab-badge.svg")), targets)
-        if text.strip():
-            cells.append(cell | {"source": text})
+        if text.strip():                  # a list of lines: Quarto loses the ends of lines of a single string
+            cells.append((as_markdown(cell) if quarto else cell) | {"source": text.splitlines(True)})
     return nb | {"cells": cells}
 
 
@@ -112,8 +121,10 @@ def config(pages: set[str], quarto: bool) -> str:
                 number = re.match(r"\d+", name)
                 kept.append({"text": f"{number[0]} {titles[name]}", "href": page_name(name)} if number else item)
         return kept
-    if not quarto:                        # smalldocs runs nothing, and as_mathml() does the formulas
-        del spec["execute"], spec["format"]["html"]["html-math-method"]
+    if not quarto:       # smalldocs runs nothing, follows the reader's scheme, loads no fonts; as_mathml() does formulas
+        html_ = spec["format"]["html"]
+        del spec["execute"], html_["html-math-method"], html_["respect-user-color-scheme"]
+        html_["theme"] = {mode: names[0] for mode, names in html_["theme"].items()}
     sidebar = spec["website"]["sidebar"]
     sidebar["contents"] = entries(sidebar["contents"])
     return yaml.safe_dump(spec, sort_keys=False, allow_unicode=True)
@@ -127,7 +138,7 @@ def prepare(folder: Path, quarto: bool = False) -> None:
     pages = set()
     for path in nb_tool.notebooks():
         name = page_name(path.name)
-        text = json.dumps(processed(nb_tool.read(path), targets), ensure_ascii=False)
+        text = json.dumps(processed(nb_tool.read(path), targets, quarto), ensure_ascii=False)
         (folder / name).write_text(text, encoding="utf-8")
         pages.add(name)
     for path in sorted(NBS.glob("*.md")):
@@ -220,15 +231,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail on a broken link")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="only write what Quarto renders")
+    parser.add_argument("--links", type=Path, metavar="FOLDER", help="only check the links of its pages")
     args = parser.parse_args()
     if args.prepare:
         prepare(args.prepare, quarto=True)
         print(f"now: quarto render {args.prepare}")
         return 0
-    broken = build()
-    print(f"{len(list((ROOT / '_docs').rglob('*.html')))} pages in {ROOT / '_docs'}")
-    print(*broken, sep="\n")
-    return int(args.check and bool(broken))
+    folder = args.links or ROOT / "_docs"
+    broken = broken_links(folder) if args.links else build(folder)
+    pages = len(list(folder.rglob("*.html")))
+    print(f"{pages} pages in {folder}, {len(broken)} broken links", *broken, sep="\n")
+    return int(not pages or bool(broken) and bool(args.check or args.links))
 
 
 if __name__ == "__main__":
