@@ -520,7 +520,8 @@ class SpecialCodec(PlainCodec):
 
     def encode_array(self, text: str, allowed_special: AllowedSpecial = None
                      ) -> np.ndarray:
-        """As `encode`, but a uint16 array (uint32 above 65,535 ids)."""
+        """As `encode`, but a uint16 array (uint32 above 65,536 ids), and
+        special names are plain text unless they are allowed."""
         return np.frombuffer(self._pack(text, allowed_special), self.dtype)
 
     def _pack(self, text: str, allowed_special: AllowedSpecial) -> bytes:

@@ -216,12 +216,13 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
     "auto" is bfloat16 on GPUs that compute in it (Ampere and later),
     float16 with a gradient scaler on older ones, float32 elsewhere.
+    float16 by name also trains on a CPU, slowly: to try it out.
     """
     old_gpu = device.type == "cuda" and \
         torch.cuda.get_device_capability(device) < (8, 0)
-    if name == "float16" and device.type != "cuda":
-        raise ValueError(f"dtype='float16' trains on CUDA only, not on "
-                         f"{device}: take 'bfloat16' or 'float32'")
+    if name == "float16" and device.type not in ("cuda", "cpu"):
+        raise ValueError(f"dtype='float16' does not train on {device}: "
+                         "take 'bfloat16' or 'float32'")
     if name == "auto" and old_gpu:
         return torch.float16
     return pick_dtype(device, name)
@@ -656,6 +657,8 @@ def write_folder(folder: Path, files: dict[str, Callable[[Path], Any]]
             os.replace(folder, older)
         os.replace(aside, folder)
     finally:
+        if older.exists() and not folder.exists():
+            os.replace(older, folder)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(older, ignore_errors=True)
 

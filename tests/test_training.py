@@ -365,6 +365,22 @@ def test_broken_file_falls_back(tmp_path, file, harm):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs resource limits")
+def test_interrupted_between_two_renames_the_older_folder_stays(tmp_path, monkeypatch):
+    folder = tmp_path / "step"
+    t.write_folder(folder, {"a": lambda path: path.write_text("old")})
+    rename, calls = os.replace, []
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) == 2:                # the older one is out of the way, the new one not yet in its place
+            raise KeyboardInterrupt
+        rename(source, target)
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        t.write_folder(folder, {"a": lambda path: path.write_text("new")})
+    assert (folder / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["step"]
+
+
 def test_full_disk_loses_nothing(tmp_path):
     """Writes really fail: from step 20 on, no file of the process may grow over 10 kB."""
     code = """
@@ -460,7 +476,7 @@ def test_resume_with_other_settings_lists_them(tmp_path):
 
 @pytest.mark.parametrize("data, changes, words", [
     ([1, 2, 3], {}, "3 tokens are too few"), (np.zeros((4, 4)), {}, "one row of ids"),
-    (stream(), {"block_size": 64}, "at most 32"), (stream(), {"dtype": "float16"}, "CUDA only"),
+    (stream(), {"block_size": 64}, "at most 32"),
     (np.full(400, 300), {}, "vocab_size is 300")])
 def test_data_that_cannot_work(data, changes, words):
     with pytest.raises(ValueError, match=words):
@@ -814,6 +830,37 @@ def test_bfloat16_trains_like_float32():
         assert result.model.wte.weight.dtype == torch.float32
         losses[dtype] = result.history[-1]["loss"]
     assert losses["float32"] < 4.5 and abs(losses["float32"] - losses["bfloat16"]) < 0.05
+
+
+def test_float16_with_its_scaler_trains_like_float32_and_resumes_exactly(tmp_path):
+    config = TrainConfig(max_steps=30, lr=1e-2, warmup_steps=5, dtype="float16", device="cpu", save_every=10)
+    whole = train(tiny(), stream(), config, out=tmp_path, progress=False)
+    float32 = train(tiny(), stream(), replace(config, dtype="float32"), progress=False)
+    assert abs(whole.history[-1]["loss"] - float32.history[-1]["loss"]) < 0.05 and whole.history[-1]["loss"] < 4.5
+    assert whole.model.wte.weight.dtype == torch.float32
+
+    shutil.rmtree(Checkpoints(tmp_path).path(30))                # as if it had ended after step 20
+    assert same(train(tiny(), stream(), config, out=tmp_path, resume=True, progress=False).model, whole.model)
+
+
+def test_scaler_skips_infinite_gradients_and_then_finds_its_factor():
+    """Against the rule of torch's GradScaler: halve and leave the weights alone, else step."""
+    stepper, batches = t.Stepper(tiny(), TrainConfig(dtype="float16", device="cpu")), WindowSampler(stream(), 32, 8)
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 40)
+    moved = []
+    for _ in range(40):
+        window, factor, before = batches.next_batch(), stepper.scaler.get_scale(), stepper.model.wte.weight.clone()
+        _, norm = stepper(window.x, window.y, lr=1e-2)
+        moved.append(not torch.equal(before, stepper.model.wte.weight))
+        assert moved[-1] == bool(torch.isfinite(norm))
+        assert stepper.scaler.get_scale() == (factor if moved[-1] else factor / 2)
+    assert not any(moved[:10]) and any(moved[-10:])
+    assert all(bool(torch.isfinite(p).all()) for p in stepper.model.parameters())
+
+
+def test_float16_is_refused_where_it_cannot_train():
+    with pytest.raises(ValueError, match="does not train on mps"):
+        t.pick_precision("float16", torch.device("mps"))
 
 
 def test_callers_generators_and_signals_are_given_back():
