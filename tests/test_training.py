@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from exercise_cells import exercises, said
 from minigpt import training as t
 from minigpt.bpe import BPETokenizer
+from minigpt.cli import make_recipe
 from minigpt.data import TokenFile, WindowSampler, load_text, pack
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.training import (Checkpoints, LivePlot, Phase, Ranks, Stepper, StreamSampler, TokenArray, TrainConfig, plan, train)
@@ -61,7 +62,10 @@ def run_script(code: str, *args, env: dict | None = None) -> subprocess.Popen:
 @pytest.mark.parametrize("changes, words", [
     ({"lr": 0}, "lr=0"), ({"schedule": "linear"}, "cosine, wsd, constant"), ({"dtype": "int8"}, "dtype='int8'"),
     ({"max_steps": None}, "no end"), ({"micro_batch": 0}, "micro_batch=0"), ({"stable": 2.0}, "stable=2.0"),
-    ({"batch_size": -1}, "batch_size=-1"), ({"keep_last": 0}, "keep_last=0"), ({"parallel": "tp"}, "ddp, fsdp")])
+    ({"batch_size": -1}, "batch_size=-1"), ({"keep_last": 0}, "keep_last=0"), ({"parallel": "tp"}, "ddp, fsdp"),
+    ({"compile": "False"}, "compile='False'"), ({"warmup_steps": "abc"}, "warmup_steps='abc'"), ({"lr": "x"}, "lr='x'"),
+    ({"max_steps": 0}, "max_steps=0"), ({"max_steps": None, "max_seconds": 0.0}, "max_seconds=0.0"),
+    ({"batch_size": 2.5}, "batch_size=2.5"), ({"block_size": True}, "block_size=True"), ({"betas": (0.9,)}, "betas=")])
 def test_bad_settings_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**changes)
@@ -345,7 +349,7 @@ def test_last_and_best_are_kept(tmp_path):
         saved.save(step, {"w": torch.tensor([float(step)])}, {}, {"step": step}, {})
         if step == 2:
             saved.mark_best(2, 1.0)
-    assert saved.steps() == [2, 4, 5] and saved.best() == 2
+    assert saved.steps() == [2, 4, 5] and saved.best() == (2, 1.0)
     weights, _, state = saved.load(2)
     assert weights["w"].item() == 2 and state == {"step": 2}
 
@@ -365,6 +369,46 @@ def test_broken_file_falls_back(tmp_path, file, harm):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs resource limits")
+def test_a_save_never_removes_itself_nor_keeps_what_was_given_up(tmp_path):
+    """Step 4 is broken, the run went back to 2 and saves 3: 3 stays, 4 goes."""
+    saved = Checkpoints(tmp_path, keep=1)
+    for step in (2, 4, 3):
+        saved.save(step, {"w": torch.tensor([float(step)])}, {}, {"step": step}, {})
+        if step == 4:
+            (saved.path(4) / "model.safetensors").write_bytes(b"broken")
+    assert saved.steps() == [3] and saved.newest() == 3
+
+
+def test_the_best_checkpoint_is_the_best_that_was_saved(tmp_path):
+    """Evaluated twice as often as saved; and going on from a checkpoint that was written before its evaluation."""
+    config = TrainConfig(max_steps=60, lr=1e-2, warmup_steps=5, eval_every=5, save_every=10, device="cpu")
+    train(tiny(), stream(), config, held=stream(400, 1), out=tmp_path, progress=False)
+    rows = {int(r["step"]): r["held"] for r in t.read_log(tmp_path / "log.csv") if "held" in r and r["step"] % 10 == 0}
+    step, loss = Checkpoints(tmp_path).best()
+    assert (step, loss) == (min(rows, key=rows.get), pytest.approx(min(rows.values())))
+    assert json.loads((Checkpoints(tmp_path).path(step) / "config.json").read_text())
+
+    saved = Checkpoints(tmp_path)
+    saved.mark_best(50, -1.0)                                    # nothing can be better: it must survive going on
+    train(tiny(), stream(), replace(config, max_steps=80), held=stream(400, 1), out=tmp_path, resume="force", progress=False)
+    assert saved.best() == (50, -1.0) and saved.is_whole(50)
+
+
+def test_best_is_not_a_checkpoint_that_could_not_be_written(tmp_path, monkeypatch):
+    config = TrainConfig(max_steps=20, eval_every=10, save_every=10, device="cpu")
+    save, failed = Checkpoints.save, []
+
+    def full(self, step, *args):
+        if step == 10:
+            failed.append(step)
+            raise OSError("no space left")
+        return save(self, step, *args)
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.warns(UserWarning, match="could not be written"):
+        train(tiny(), stream(), config, held=stream(400, 1), out=tmp_path, progress=False)
+    assert failed == [10] and Checkpoints(tmp_path).best()[0] == 20
+
+
 def test_interrupted_between_two_renames_the_older_folder_stays(tmp_path, monkeypatch):
     folder = tmp_path / "step"
     t.write_folder(folder, {"a": lambda path: path.write_text("old")})
@@ -428,6 +472,40 @@ def test_failing_evaluation_and_callback_do_not_end_the_run(tmp_path):
     assert result.step == 10 and Checkpoints(tmp_path).newest() == 10
     assert any("the evaluation at step 5 failed" in text for text in texts)
     assert any("no luck" in text for text in texts)
+
+
+def test_dropout_is_on_again_after_a_failed_evaluation_or_sample():
+    model = tiny(dropout=0.5)
+    samples = t.Samples(BPETokenizer.from_pretrained(), [""], every=1)
+    for fails in (lambda: t.held_out_loss(model.train(), Phase(stream(400, 1)).data, rows=0), lambda: samples({"step": 1}, model.train())):
+        with pytest.raises(ValueError):
+            fails()
+        assert model.training
+
+
+def test_a_callback_that_fails_at_the_end_loses_nothing(tmp_path):
+    class Ends:
+        def __call__(self, row, model):
+            pass
+
+        def finish(self):
+            raise OSError("no space left")
+    with pytest.warns(UserWarning, match="finish failed"):
+        result = train(tiny(), stream(), TrainConfig(max_steps=2, device="cpu"), out=tmp_path, progress=False,
+                       callbacks=(c for c in [Ends()]))
+    assert result.step == 2 and Checkpoints(tmp_path).newest() == 2
+
+
+@pytest.mark.parametrize("damage", ["20,4.1e\n", "20,1,2,3,4,5,6,7,8,9,10,11\n", ",4\n", "\0\0x,\0\n", "\xff\xfe"])
+def test_a_damaged_line_of_the_log_does_not_stop_a_run(tmp_path, damage):
+    config = TrainConfig(max_steps=20, log_every=5, save_every=10, device="cpu")
+    train(tiny(), stream(), config, out=tmp_path, progress=False)
+    shutil.rmtree(Checkpoints(tmp_path).path(20))
+    with open(tmp_path / "log.csv", "a", encoding="latin-1") as file:
+        file.write(damage)
+    with pytest.warns(UserWarning, match="damaged"):
+        train(tiny(), stream(), config, out=tmp_path, resume=True, progress=False)
+    assert [row["step"] for row in t.read_log(tmp_path / "log.csv")] == [5, 10, 15, 20]
 
 
 def test_nan_keeps_the_last_good_checkpoint(tmp_path):
@@ -807,12 +885,70 @@ def test_command_line_from_text_to_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text, words", [
+    ('[phase]\ntext = "stories"', "with two brackets"), ('tokenizer = 3\n[[phase]]\ntext = "a"', "tokenizer must be a section"),
+    ('[[phase]]\nuntil = 1.0', "needs text, chats or tokens"), ('[[phase]]\ntext = []', "needs text, chats or tokens"),
+    ('[[phase]]\nchats = "a"\nstream = true', "stream = true needs text"),
     ('[train]\nlearning = 1\n[[phase]]\ntext = "stories"', "knows no 'learning'"), ('name = "x"', "has no"),
     ("name = ", "no TOML"), ('[[phase]]\ntexts = "a"', "knows no 'texts'"), ('extra = 1', "the recipe knows no 'extra'")])
 def test_bad_recipes_are_explained(tmp_path, text, words):
     (tmp_path / "r.toml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=words):
         t.load_recipe(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize("documents", [1, 2, 40])
+def test_a_book_without_marks_can_be_trained_on(tmp_path, documents):
+    """One document would go to one side of the split as a whole: then its end is held out."""
+    books = [f"Chapter {n}. " + "The fox met the dog. " * 60 for n in range(documents)]
+    (tmp_path / "book.txt").write_text("\n<|endoftext|>\n".join(books), encoding="utf-8")
+    rest, held = (t.recipe_rows({"text": "book.txt"}, tmp_path, 0.05, side) for side in (0, 1))
+    assert 0.01 < len("".join(held)) / len("".join(rest + held)) < 0.6
+    assert abs(sum(map(len, rest + held)) - sum(len(book) for book in books)) <= 2 * documents      # nothing lost, nothing twice
+    result = t.run_recipe(make_recipe([str(tmp_path / "book.txt")], [], "nano", None, 270), out=tmp_path / "run", progress=False,
+                          changes={"max_steps": 1, "batch_size": 1, "block_size": 16, "device": "cpu"})
+    assert math.isfinite(result.history[-1]["held"])
+
+
+def test_what_is_held_out_is_not_in_the_plain_copies(tmp_path):
+    chats = [{"kind": "story", "messages": [{"role": "user", "content": f"Story {n}"}, {"role": "assistant", "content": f"It was {n}."}]}
+             for n in range(200)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats), encoding="utf-8")
+    part = {"chats": "chats.jsonl", "plain": ["story"]}
+    sides = [t.recipe_rows(part, tmp_path, 0.1, side) for side in (0, 1)]
+    said = [{row if isinstance(row, str) else row["messages"][1]["content"] for row in rows} for rows in sides]
+    assert said[0] | said[1] == {f"It was {n}." for n in range(200)} and not said[0] & said[1] and 5 < len(said[1]) < 40
+    assert sum(isinstance(row, str) for row in sides[0]) == len(said[0])
+
+
+def test_changed_data_and_a_changed_tokenizer_are_not_passed_over(tmp_path):
+    (tmp_path / "a.txt").write_text("The fox met the dog. " * 100, encoding="utf-8")
+    recipe = make_recipe([str(tmp_path / "a.txt")], [], "nano", None, 270)
+    changes = {"max_steps": 1, "batch_size": 1, "block_size": 16, "device": "cpu"}
+
+    def tokens():
+        shutil.rmtree(tmp_path / "run" / "model", ignore_errors=True)
+        for old in (tmp_path / "run").glob("step-*"):
+            shutil.rmtree(old)
+        (tmp_path / "run" / "log.csv").unlink(missing_ok=True)
+        result = t.run_recipe(recipe, out=tmp_path / "run", changes=changes, progress=False)
+        newest = max((tmp_path / "run" / "data").glob("train-*"), key=lambda p: p.stat().st_mtime_ns)
+        return len(TokenFile(newest, BPETokenizer.from_pretrained(tmp_path / "run" / "tokenizer"))), result.model.config.vocab_size
+    first = tokens()
+    assert tokens() == first
+    (tmp_path / "a.txt").write_text("The fox met the dog. " * 200, encoding="utf-8")
+    assert tokens()[0] > 1.5 * first[0]
+    recipe["tokenizer"]["train"] = 265
+    assert tokens()[1] < first[1]
+
+
+def test_a_stream_cannot_be_split_and_names_its_columns():
+    recipe = {"phase": [{"text": "wikitext", "stream": True}], "held": {"share": 0.05}}
+    with pytest.raises(ValueError, match="a stream can't be split"):
+        t.recipe_phases(recipe, SHAPE, TrainConfig(), BPETokenizer.from_pretrained(), Path("nowhere"))
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"body": "a"}]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="no column 'text', but body"):
+        StreamSampler(rows, BPETokenizer.from_pretrained(), 8, 1).next_batch()
 
 
 def test_unknown_recipe_lists_those_there_are():
