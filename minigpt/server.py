@@ -515,7 +515,8 @@ def timed_out() -> APIError:
 
 # %% ../nbs/11_server.ipynb #sweep
 def sweep(engine: Engine) -> None:
-    """Let go of asks that nobody waits for, and of those whose time is up.
+    """Let go of asks that nobody waits for, of those whose time is up, and
+    of all in the queue once the engine is told to close.
 
     A cut answer ends as one that has become too long does.
     """
