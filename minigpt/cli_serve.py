@@ -30,14 +30,18 @@ def serve_command(
     max_tokens: int = flag(None, help="The longest answer; default: what "
                            "the context has room for."),
     timeout: float = flag(300.0, help="Seconds for one request."),
-    max_body: int = flag(1_000_000, help="Bytes of one request."),
+    max_body: int = flag(1_000_000, help="Bytes of one request, but for "
+                         "files that visitors bring: see --uploads."),
     temperature: float = flag(0.7, help="For requests that name none."),
     top_p: float = flag(0.9, help="The same."),
     cors: list[str] = flag([], help="Origin whose pages may call, such as "
                            "https://example.org; may be repeated."),
-    allowed_host: list[str] = flag([], help="A name that it answers to; may "
-                                   "be repeated."),
+    allowed_host: list[str] = flag([], help="A name that it answers to, "
+                                   "beside this computer's own; may be "
+                                   "repeated."),
     ui: bool = flag(True, help="The Gradio page at /."),
+    uploads: bool = flag(True, help="Visitors of the page may bring files, "
+                         "10 MB each, 32 MB at once."),
     grace: float = flag(30.0, help="Seconds that running answers get at the "
                         "end."),
     device: str = flag(None, help="cpu, cuda, mps or auto; default: cpu."),
@@ -59,6 +63,7 @@ def serve_command(
     from minigpt.chat import load_pair
     from minigpt.server import Limits, create_app, named, serve
     limits = Limits(max_batch, max_queue, max_tokens, timeout, max_body,
+                    max_upload=Limits.max_upload if uploads else 0,
                     temperature=temperature, top_p=top_p)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -67,7 +72,8 @@ def serve_command(
         typer.echo("minigpt: everyone who reaches this computer can use the "
                    "model: set an API key", err=True)
     pair = load_pair(model, device=device)
-    page, style = gradio_page(*pair, adapter) if ui else (None, {})
+    page, style = (gradio_page(*pair, adapter, uploads) if ui
+                   else (None, {}))
     app = create_app(*pair, adapter=adapter, name=name or named(
         model, adapter), limits=limits, api_key=api_key, cors=cors,
         hosts=hosts, ui=page, ui_style=style)
@@ -75,15 +81,16 @@ def serve_command(
 
 # %% ../nbs/11_server.ipynb #allowedhosts
 def allowed_hosts(host: str, more: list[str]) -> list[str]:
-    """The names to answer to: this computer's own if it listens only to
-    itself, and `more`; none means every name."""
+    """The names to answer to: this computer's own, and `more`; none means
+    every name, if others may call and no name is given."""
     here = ["127.0.0.1", "localhost", "[::1]"]
-    return here + more if host in (*here, "::1") else more
+    return here + more if more or host in (*here, "::1") else []
 
 # %% ../nbs/11_server.ipynb #gradiopage
-def gradio_page(model, tokenizer, adapter: str | None) -> tuple:
+def gradio_page(model, tokenizer, adapter: str | None,
+                uploads: bool = True) -> tuple:
     """The Gradio page for this model, and how it is styled."""
     from minigpt.chat import ChatSession
     from minigpt.ui import gradio_app, page_style
     session = ChatSession(model, tokenizer, adapter=adapter)
-    return gradio_app(session), page_style()
+    return gradio_app(session, uploads=uploads), page_style()

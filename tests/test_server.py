@@ -12,6 +12,7 @@ import openai
 import pytest
 import torch
 from exercise_cells import exercises, said as told
+from fastapi.exceptions import RequestValidationError
 from prometheus_client.parser import text_string_to_metric_families
 
 import minigpt.server
@@ -347,6 +348,39 @@ def test_every_error_is_shaped_as_openai_does(url, method, path, body, headers, 
     assert response.status == status and error.keys() == {"message", "type", "param", "code"} and error["message"]
 
 
+MANY = 20_000
+
+
+@pytest.mark.parametrize("path, change, param", [
+    ("completions", {"prompt": [{}] * MANY}, "prompt"), ("completions", {"prompt": [[{}] * MANY] * 2}, "prompt"),
+    ("completions", {"prompt": "a", "stop": [{}] * MANY}, "stop"),
+    ("completions", {"prompt": "a"} | {f"x{i}": 1 for i in range(MANY)}, "x0"),
+    ("completions", {"prompt": "a", "stream_options": {f"x{i}": 1 for i in range(MANY)}}, "stream_options"),
+    ("chat/completions", {"messages": [{}] * MANY}, "messages"),
+    ("chat/completions", {"messages": said([{}] * MANY)}, "messages"),
+    ("chat/completions", {"messages": said("") * 5000}, "messages")], ids=lambda value: str(value)[:30])
+def test_a_body_of_many_errors_is_refused_at_the_first(small, path, change, param):
+    """pydantic has at most one complaint for each type that a list may have, however long it is."""
+    app, found = create_app(*small), []
+    known = app.exception_handlers[RequestValidationError]
+
+    async def noted(request, error):
+        found.append(len(error.errors()))
+        return await known(request, error)
+
+    app.add_exception_handler(RequestValidationError, noted)
+    with running(app) as url:
+        body = json.dumps({"model": "minigpt-chat", "max_tokens": 2} | change).encode()
+        response, data = send(url, "POST", f"/v1/{path}", body, JSON)
+    assert response.status == 400 and json.loads(data)["error"]["param"] == param
+    assert len(found) == 1 and found[0] <= 5 and len(data) < 1000
+
+
+def test_bookkeeping_fields_are_taken_whatever_they_hold(url):
+    body = json.loads(ASK) | {"metadata": {str(i): i for i in range(MANY)}, "user": "me", "store": True}
+    assert send(url, "POST", "/v1/completions", json.dumps(body).encode(), JSON)[0].status == 200
+
+
 def test_health_metrics_and_page(url, client):
     assert json.loads(send(url, "GET", "/health")[1]) == {"status": "ok"}
     assert b"/v1/models" in send(url, "GET", "/")[1]
@@ -539,7 +573,7 @@ def test_time_runs_out(small):
 
 
 def test_limits_name_bad_values():
-    for bad in (dict(max_batch=0), dict(max_queue=-1), dict(max_tokens=0), dict(timeout=0), dict(temperature=-1)):
+    for bad in (dict(max_batch=0), dict(max_queue=-1), dict(max_tokens=0), dict(timeout=0), dict(temperature=-1), dict(max_upload=-1)):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}={next(iter(bad.values()))}"):
             Limits(**bad)
 
@@ -587,6 +621,53 @@ def test_an_internal_failure_is_told_in_the_same_shape_and_survived(small):
         assert send(url, "POST", "/v1/completions", body, JSON)[0].status == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_of_the_engine_is_counted_and_has_an_id(small, stream):
+    """A model whose table of positions is cut off cannot read a long prompt: 500, counted, with a request id. Short ones
+    are answered by the same engine."""
+    model = GPT2(small[0].config)
+    model.load_state_dict(small[0].state_dict())
+    app = create_app(model, small[1])
+    model.wpe.weight = torch.nn.Parameter(model.wpe.weight[:8].clone())
+    with running(app) as url:
+        ask = {"model": "minigpt-chat", "prompt": list(range(5, 25)), "max_tokens": 2, "stream": stream}
+        response, data = send(url, "POST", "/v1/completions", json.dumps(ask).encode(), JSON)
+        error = json.loads(data)["error"]
+        assert response.status == 500 and error["type"] == "server_error" and "IndexError" in error["message"]
+        assert response.headers["x-request-id"].startswith("req-")
+        counts = send(url, "GET", "/metrics")[1].decode()
+        assert 'minigpt_requests_total{path="/v1/completions",status="500"} 1' in counts
+        assert "minigpt_request_seconds_count 1\n" in counts
+        response, data = send(url, "POST", "/v1/completions", json.dumps(ask | {"prompt": [5, 6]}).encode(), JSON)
+        assert response.status == 200
+        ended = app.state.engine.metrics.values
+        assert ended['minigpt_requests_total{path="/v1/completions",status="200"}'] == 1
+
+
+def test_an_error_of_any_route_is_counted_once(small):
+    app = create_app(*small, cors=["https://page.example"])
+
+    @app.get("/v1/broken")
+    async def broken():
+        raise ZeroDivisionError
+
+    with running(app) as url:
+        response, data = send(url, "GET", "/v1/broken", headers={"Origin": "https://page.example"})
+        assert response.status == 500 and json.loads(data)["error"]["type"] == "server_error"
+        assert len(response.headers.get_all("x-request-id")) == 1
+        assert response.headers["access-control-allow-origin"] == "https://page.example"
+        counts = app.state.engine.metrics.values
+        assert counts['minigpt_requests_total{path="other",status="500"}'] == 1 == sum(
+            value for name, value in counts.items() if name.startswith("minigpt_requests_total"))
+
+
+def test_names_of_hosts_are_compared_without_case(small):
+    with running(create_app(*small, hosts=["Chat.Example.org", "[::1]"])) as url:
+        for host, status in (("chat.example.org", 200), ("CHAT.example.ORG:8000", 200), ("[::1]:8000", 200),
+                             ("example.org", 421), ("127.0.0.1:8000", 421), ("", 421)):
+            assert send(url, "GET", "/health", headers={"Host": host})[0].status == status, host
+
+
 def test_a_gradio_page_at_the_root(small):
     import gradio as gr
     with gr.Blocks(title="our page") as page:
@@ -608,6 +689,55 @@ def test_with_a_key_the_page_asks_for_it(small):
         assert good.status == 200
         cookie = good.headers["set-cookie"].split(";")[0]
         assert send(url, "GET", "/config", headers={"Cookie": cookie})[0].status == 200
+
+
+def test_no_body_is_read_whole_before_the_login(small, tmp_path, monkeypatch):
+    """Bodies for the page are bounded like the API's; an upload has a bound of its own, and leaves no file beyond it."""
+    import gradio as gr
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with gr.Blocks() as page:
+        gr.File()
+    limits = Limits(max_body=100_000, max_upload=1_000_000)
+    join, upload = "/gradio_api/queue/join", "/gradio_api/upload"
+    with running(create_app(*small, ui=page, api_key="s3cret", limits=limits)) as url:
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+
+        def refused(path, body, headers):
+            response, data = send(url, "POST", path, body, headers)
+            assert response.status == 413, (path, response.status, data)
+            return data
+
+        for path in (join, "/login", "/nowhere"):
+            for body in (b" " * 100_001, iter([b" " * 60_000] * 2)):     # with its length, and without
+                assert json.loads(refused(path, body, JSON))["error"]["code"] == "request_too_large"
+        good = send(url, "POST", "/login", b"username=me&password=s3cret", form)[0]
+        cookie = {"Cookie": good.headers["set-cookie"].split(";")[0]}
+        head = (b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n', b"\r\n--x--\r\n")
+        parts = {"Content-Type": "multipart/form-data; boundary=x"}
+        assert send(url, "POST", upload, head[0] + b"a" * 9 + head[1], parts)[0].status == 401
+        parts |= cookie
+        response, data = send(url, "POST", upload, head[0] + b"a" * 900_000 + head[1], parts)
+        file, = json.loads(data)
+        assert response.status == 200 and Path(file).stat().st_size == 900_000
+        before = {found for found in tmp_path.rglob("*") if found.is_file()}
+        refused(upload, head[0] + b"a" * 1_000_000 + head[1], parts)
+        refused(upload, iter([head[0], *[b"a" * 90_000] * 12, head[1]]), parts)
+        assert before == {found for found in tmp_path.rglob("*") if found.is_file()}
+        assert send(url, "GET", "/config", headers=cookie)[0].status == 200
+
+
+def test_a_page_without_uploads_takes_no_files(small, tmp_path, monkeypatch):
+    import gradio as gr
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with gr.Blocks() as page:
+        gr.Markdown("hello")
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\na\r\n--x--\r\n'
+    with running(create_app(*small, ui=page, limits=Limits(max_upload=0))) as url:
+        for sent in (body, iter([body])):
+            response, _ = send(url, "POST", "/gradio_api/upload", sent, {"Content-Type": "multipart/form-data; boundary=x"})
+            assert response.status == 413
+        assert b"hello" in send(url, "GET", "/config")[1]
+    assert not [found for found in tmp_path.rglob("*") if found.is_file()]
 
 
 def test_an_adapter_is_merged_and_gives_its_name(small, tmp_path):

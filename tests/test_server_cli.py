@@ -46,9 +46,9 @@ def process(command, **env):
     server = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     try:
         line = server.stdout.readline()
-        found = re.search(r"http://(127\.0\.0\.1:\d+)", line)
+        found = re.search(r"http://(?:127\.0\.0\.1|0\.0\.0\.0):(\d+)", line)
         assert found, line + server.stderr.read()
-        yield server, found[1]
+        yield server, f"127.0.0.1:{found[1]}"
     finally:
         server.kill()
         server.wait()
@@ -87,6 +87,41 @@ def test_a_process_serves_and_ends_in_peace(folder):
         assert server.wait(30) == 0 and "Traceback" not in server.stderr.read()
 
 
+def test_the_health_check_of_the_container_passes_with_named_hosts(folder):
+    """As the image runs it, reachable from elsewhere under one public name: its own health check is answered."""
+    docker = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    check = json.loads(re.search(r"HEALTHCHECK .*CMD \\\n\s*(\[.*\])", docker)[1])
+    flags = ["serve", "--model", folder, "--host", "0.0.0.0", "--port", "0", "--no-ui", "--allowed-host", "Chat.example.org"]
+    with process(["-m", "minigpt", *map(str, flags)], MINIGPT_API_KEY="k") as (server, where):
+        port = where.split(":")[1]
+        assert check[0] == "python" and "127.0.0.1:8000" in check[2]
+        done = subprocess.run([sys.executable, "-c", check[2].replace(":8000", f":{port}")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        for name, status in (("chat.example.org", 200), (f"localhost:{port}", 200), ("evil.example", 421)):
+            connection = http.client.HTTPConnection(where, timeout=60)
+            connection.request("GET", "/health", headers={"Host": name})
+            assert connection.getresponse().status == status, name
+
+
+def test_local_names_stay_allowed_beside_those_that_are_named():
+    here = {"127.0.0.1", "localhost", "[::1]"}
+    assert set(cli_serve.allowed_hosts("0.0.0.0", ["chat.example.org"])) == here | {"chat.example.org"}
+    assert set(cli_serve.allowed_hosts("127.0.0.1", [])) == here and cli_serve.allowed_hosts("0.0.0.0", []) == []
+
+
+@pytest.mark.parametrize("flags, status", [([], 200), (["--no-uploads"], 413)])
+def test_uploads_to_the_page_can_be_forbidden(folder, tmp_path, flags, status):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\na\r\n--x--\r\n'
+    with process(["-m", "minigpt", "serve", "--model", str(folder), "--port", "0", *flags], MINIGPT_API_KEY="",
+                 GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(tmp_path)) as (server, where):
+        connection = http.client.HTTPConnection(where, timeout=60)
+        connection.request("GET", "/config")
+        config = connection.getresponse().read()
+        assert (b'"uploadbutton"' in config) == (status == 200)
+        connection.request("POST", "/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+        assert connection.getresponse().status == status
+
+
 def invoke(*arguments):
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback()(lambda: None)
@@ -115,7 +150,7 @@ def test_help_is_quick_and_the_command_is_registered():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.decode()
     shown = CliRunner().invoke(cli.app, ["serve", "--help"]).output
-    for flag in ("--adapter", "--api-key", "--max-batch", "--cors", "--allowed-host", "--grace"):
+    for flag in ("--adapter", "--api-key", "--max-batch", "--cors", "--allowed-host", "--no-uploads", "--grace"):
         assert flag in shown
 
 
