@@ -513,7 +513,9 @@ def test_only_supported_answers_count(library):
 @pytest.mark.parametrize("text, answer, whole", [
     ("The cache does not keep queries.", "It keeps queries.", False), ("The cache keeps keys.", "It does not keep keys.", False),
     ("The cache never keeps queries.", "It does not keep queries.", True), ("The cache keeps keys.", "It keeps keys.", True),
-    ("The cache doesn\u2019t keep queries.", "The cache keeps queries.", False)])
+    ("The cache doesn\u2019t keep queries.", "The cache keeps queries.", False),
+    ("It never keeps the queries of the cache.", "keeps the queries", False), ("It never keeps queries.", "It never keeps queries", True),
+    ("It never fails. The cache keeps queries.", "The cache keeps queries.", True), ("# The cache\n\nIt is not old.", "The cache", True)])
 def test_a_denial_is_not_held_by_its_opposite(text, answer, whole, tmp_path):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     hits = rag.Index.build(tmp_path / "a.txt").search("cache", 1)
