@@ -324,7 +324,8 @@ class Speaker(Conversation):
         """What belongs to this one alone."""
         self.finish_reason: str | None = None
         self.forgotten = self._attempt = 0
-        self._cancel, self._last = threading.Event(), None
+        self._last, self._cancel = None, threading.Event()
+        self._stopping = threading.RLock()
         self.adapter, self.documents = adapter, documents
 
     @property
@@ -458,7 +459,7 @@ class ChatSession(Speaker):
     def stream(self, text: str) -> Iterator[str]:
         """Say `text`; yields the answer piece by piece."""
         self.prompt(text), self.options()                  # errors now
-        return self._answer(text)
+        return self._answer(text, self._cancel)
 
     def reply(self, text: str) -> str:
         """Say `text`; returns the whole answer."""
@@ -468,21 +469,28 @@ class ChatSession(Speaker):
         """Answer the last message again; yields the new answer."""
         if not self.exchanges:
             raise ValueError("nothing was said yet: say something first")
-        return self._answer(None)
+        return self._answer(None, self._cancel)
 
     def stop(self) -> None:
-        """End the answer that is being streamed after its next token."""
-        self._cancel.set()
+        """End all answers begun so far: the one that is being streamed after
+        its next token, those that wait without any."""
+        with self._stopping:
+            begun, self._cancel = self._cancel, threading.Event()
+            begun.set()
 
-    def _answer(self, text: str | None) -> Iterator[str]:
+    def _answer(self, text: str | None, cancel: threading.Event
+                ) -> Iterator[str]:
         with self._turn:
-            past, self._cancel = self.exchanges, threading.Event()
+            if cancel.is_set():                            # while it waited
+                self.finish_reason = "cancelled"
+                return
+            past = self.exchanges
             self._attempt = self._attempt + 1 if text is None else 0
             if text is None:
                 *past, (text, _) = past
             asked, hits = self._look_up(text)
             ids = self.prompt(asked, past)
-            pieces = self._draw(ids, past)
+            pieces = self._draw(ids, past, cancel)
             try:
                 yield from pieces
             except (GeneratorExit, KeyboardInterrupt):     # closed, Ctrl-C
@@ -490,7 +498,8 @@ class ChatSession(Speaker):
                 raise
             self._keep(past, text, pieces, ids, hits)
 
-    def _draw(self, ids: list[int], past: Sequence) -> TextStream:
+    def _draw(self, ids: list[int], past: Sequence, cancel: threading.Event
+              ) -> TextStream:
         turns = ids.count(self.tokenizer.special_tokens["<|im_start|>"]) - 1
         self.forgotten = len(past) - turns // 2
         options = replace(
@@ -498,7 +507,7 @@ class ChatSession(Speaker):
             seed=turn_seed(self.seed, len(past), self._attempt))
         return stream_text(self.model, self.tokenizer, ids, options,
                            stop_strings=self.stop_strings,
-                           cancel=self._cancel, decoder=self._decoder)
+                           cancel=cancel, decoder=self._decoder)
 
     def _keep(self, past: Sequence, text: str, pieces: TextStream,
               ids: list[int], hits: list) -> None:

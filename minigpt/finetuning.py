@@ -6,9 +6,9 @@
 __all__ = ['CHAT_TOKENS', 'reply_all', 'check_too_long', 'too_long_error', 'shorten', 'encode_chats', 'best_fit', 'RowSampler',
            'PackedRows', 'document_numbers', 'document_mask', 'document_positions', 'documents_apart', 'tuning_config',
            'short_prompts', 'measure', 'FinetuneResult', 'check_pair', 'check_out', 'held_rows', 'add_chat_tokens',
-           'chat_rows', 'row_length', 'save_tuned', 'finetune', 'Pair', 'as_pair', 'load_pairs', 'answer_logprobs',
-           'encode_pair', 'dpo_loss', 'PairRows', 'PairStepper', 'pair_logprobs', 'measure_pairs', 'check_dpo',
-           'pair_rows', 'dpo']
+           'chat_rows', 'row_length', 'save_tuned', 'measure_whole', 'finetune', 'Pair', 'as_pair', 'load_pairs',
+           'answer_logprobs', 'encode_pair', 'dpo_loss', 'PairRows', 'PairStepper', 'pair_logprobs', 'measure_pairs',
+           'check_dpo', 'pair_rows', 'dpo']
 
 # %% ../nbs/07_finetuning.ipynb #imports
 import copy
@@ -434,6 +434,13 @@ def save_tuned(result: FinetuneResult, tokenizer: BPETokenizer,
         finished.save_pretrained(result.folder / "model", tokenizer,
                                  overwrite=True)
 
+# %% ../nbs/07_finetuning.ipynb #measurewhole
+def measure_whole(model: GPT2, found: Callable[[GPT2], dict], ranks: Ranks
+                  ) -> dict[str, float]:
+    """What `found` says of the whole model, on rank 0; all ranks get it."""
+    finished = whole_model(model).to(ranks.device)
+    return ranks.gather({} if ranks.rank else found(finished))[0]
+
 # %% ../nbs/07_finetuning.ipynb #finetune
 def finetune(model: GPT2, chats: Any, *, tokenizer: BPETokenizer,
              held: Any = (), texts: Sequence[str] = (), epochs: float = 3.0,
@@ -468,7 +475,11 @@ def finetune(model: GPT2, chats: Any, *, tokenizer: BPETokenizer,
     rows.share(config, ranks)
     judge = held_rows(held, tokenizer, length, config.eval_windows,
                       ranks.world) if held else None
-    before = measure(model, tokenizer, held, texts)
+
+    def scores(model: GPT2) -> dict[str, float]:
+        return measure(model, tokenizer, held, texts)
+
+    before = measure_whole(model, scores, ranks)
     with documents_apart(model, start) if apart else nullcontext():
         trained = train(model, Phase(rows, loss="answers"), config,
                         held=judge, out=out, resume=resume,
@@ -476,7 +487,7 @@ def finetune(model: GPT2, chats: Any, *, tokenizer: BPETokenizer,
     result = FinetuneResult(**vars(trained), before=before)
     save_tuned(result, tokenizer, ranks)
     if not trained.stopped:
-        result.after = measure(model, tokenizer, held, texts)
+        result.after = measure_whole(model, scores, ranks)
     return result
 
 # %% ../nbs/07_finetuning.ipynb #pair
@@ -667,14 +678,18 @@ def measure_pairs(model: nn.Module, rows: PairRows, reference: Tensor,
             "rejected": gain[:, 1].mean().item()}
 
 # %% ../nbs/07_finetuning.ipynb #checkdpo
-def check_dpo(config: TrainConfig, beta: float) -> None:
-    """Raise ValueError for settings that DPO can't use."""
+def check_dpo(config: TrainConfig, beta: float, world: int = 1) -> None:
+    """Raise ValueError for settings that DPO can't use on `world` ranks."""
     if not beta > 0:
         raise ValueError(f"beta={beta}: must be over 0, 0.1 is usual")
-    for name in ("batch_size", "micro_batch"):
-        if (getattr(config, name) or 0) % 2:
-            raise ValueError(f"{name}={getattr(config, name)}: an even number,"
-                             " two rows for each pair")
+    if (config.micro_batch or 0) % 2:
+        raise ValueError(f"micro_batch={config.micro_batch}: an even number, "
+                         "two rows for each pair")
+    size, unit = config.batch_size, 2 * world
+    if size % unit:
+        raise ValueError(f"batch_size={size}, processes: {world}. Each needs "
+                         "whole pairs of two rows: take a multiple of "
+                         f"{unit}, such as {size + unit - size % unit}")
 
 
 def pair_rows(source: Any) -> list:
@@ -707,8 +722,8 @@ def dpo(model: GPT2, pairs: Any = None, *, tokenizer: BPETokenizer,
         config = tuning_config(2 * rows.n_rows, epochs, {
             "batch_size": 16, "lr": 5e-5, **(config or {})})
     config = replace(config, block_size=rows.block_size)
-    check_dpo(config, beta)
     ranks = join_ranks(config.device)
+    check_dpo(config, beta, ranks.world)
     rows.share(config, ranks, size=2)
     phase = Phase(rows, loss="answers")
     check_run(model, [phase], config, None, out, resume, tokenizer)
@@ -716,8 +731,10 @@ def dpo(model: GPT2, pairs: Any = None, *, tokenizer: BPETokenizer,
               PairStepper(model, config, ranks, beta), ranks,
               Checkpoints(out, config.keep_last) if out else None, tokenizer)
     check_memory(run)
-    reference = pair_logprobs(model, judge) if judge else None
-    before = measure_pairs(model, judge, reference, beta) if judge else {}
+    frozen, before = run.stepper.reference, {}
+    if judge:
+        reference = pair_logprobs(frozen, judge)
+        before = measure_pairs(frozen, judge, reference, beta)
     if resume:
         resume_run(run, force=resume == "force")
     stopped = run_loop(run, None, callbacks, progress)
@@ -725,5 +742,6 @@ def dpo(model: GPT2, pairs: Any = None, *, tokenizer: BPETokenizer,
     result = FinetuneResult(model, run.history, run.step, stopped, out, before)
     save_tuned(result, tokenizer, ranks)
     if judge and not stopped:
-        result.after = measure_pairs(model, judge, reference, beta)
+        result.after = measure_whole(model, lambda tuned: measure_pairs(
+            tuned, judge, reference, beta), ranks)
     return result

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import ipywidgets as widgets
 import torch
@@ -454,6 +455,7 @@ class Visitors:
         self.first, self.limit, self.patience = first, limit, patience
         self._here: dict[str, tuple[ChatSession, Path, dict]] = {}
         self._heard: dict[str, float] = {}                 # oldest first
+        self._asking = WeakValueDictionary()               # name: Event
         self._files = tempfile.TemporaryDirectory(prefix="minigpt-")
         self._lock = threading.Lock()
 
@@ -474,6 +476,23 @@ class Visitors:
         if chosen.get(kind) != choice:
             interrupt(session, lambda: setattr(session, kind, value))
             chosen[kind] = choice
+
+    def asks(self, name: str | None) -> threading.Event:
+        """What `stop` will set, for a message that waits in a queue."""
+        with self._lock:
+            return self._asking.setdefault(name, threading.Event())
+
+    def stop(self, name: str | None) -> None:
+        """End the visitor's answer that is coming, and all that wait."""
+        with self._lock:
+            self._stop(name)
+
+    def _stop(self, name: str | None) -> None:
+        asked, here = self._asking.pop(name, None), self._here.get(name)
+        if asked is not None:
+            asked.set()
+        if here is not None:
+            here[0].stop()
 
     def _of(self, name: str | None) -> tuple[ChatSession, Path, dict]:
         if not name:
@@ -497,15 +516,15 @@ class Visitors:
         self._leave(oldest)
 
     def leave(self, name: str | None) -> None:
-        """Forget a visitor; an answer that is coming is ended."""
+        """Forget a visitor; answers that are coming are ended."""
         with self._lock:
             self._leave(name)
 
     def _leave(self, name: str | None) -> None:
+        self._stop(name)
         self._heard.pop(name, None)
-        session, folder, _ = self._here.pop(name, (None, None, None))
-        if session is not None:
-            session.stop()
+        _, folder, _ = self._here.pop(name, (None, None, None))
+        if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
     def __len__(self) -> int:
@@ -693,20 +712,34 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
         set_up(session, values)
         return session
 
+    def joins(request: gr.Request, *values) -> tuple:
+        request.state.stopped = visitors.asks(request.session_hash)
+        return values                                      # all may pass
+
+    def answer(request: gr.Request, adapter: str, documents: str,
+               values: Sequence[float], text: str | None) -> Iterator[tuple]:
+        stopped = getattr(request.state, "stopped", threading.Event())
+        if stopped.is_set():                               # in the queue
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
+        session = ready(request, adapter, documents, values)
+        pieces = session.regenerate() if text is None else session.stream(text)
+        past = session.exchanges
+        if text is None:
+            *past, (text, _) = past
+        if stopped.is_set():                               # while made ready
+            session.stop()
+        yield from answers(session, pieces, past, text, gr.skip())
+
     @told
     def talk(request: gr.Request, text: str, adapter: str, documents: str,
              *values: float) -> Iterator[tuple]:
-        session = ready(request, adapter, documents, values)
-        past, pieces = session.exchanges, session.stream(text)
-        yield from answers(session, pieces, past, text, gr.skip())
+        yield from answer(request, adapter, documents, values, text)
 
     @told
     def again(request: gr.Request, adapter: str, documents: str,
               *values: float) -> Iterator[tuple]:
-        session = ready(request, adapter, documents, values)
-        pieces = session.regenerate()
-        *past, (text, _) = session.exchanges
-        yield from answers(session, pieces, past, text, gr.skip())
+        yield from answer(request, adapter, documents, values, None)
 
     @told
     def fresh(request: gr.Request) -> tuple:
@@ -715,11 +748,12 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
 
     @told
     def stop(request: gr.Request) -> None:
-        visitors.session(request.session_hash).stop()
+        visitors.stop(request.session_hash)
 
     @told
     def clear(request: gr.Request) -> tuple:
         session = visitors.session(request.session_hash)
+        visitors.stop(request.session_hash)
         interrupt(session, session.reset)
         session.system = visitors.first.system
         return [], ""
@@ -728,6 +762,7 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
     def open_chat(request: gr.Request, file: str) -> tuple:
         session, path = visitors.session(request.session_hash), Path(file)
         messages, note = read_upload(path.read_bytes(), path.name)
+        visitors.stop(request.session_hash)
         interrupt(session, lambda: session.resume(messages))
         return as_shown(session.exchanges), foot(session, note)
 
@@ -742,8 +777,9 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
                                                documents, uploads)
     talked, box, below = at["talked"], at["box"], at["below"]
     shown, settings = [talked, box, below], [adapter, files, *sliders]
-    for done in (box.submit(talk, [box, *settings], shown, **hidden, **BUSY),
-                 at["Again"].click(again, settings, shown, **hidden, **BUSY)):
+    queued = {"validator": joins, **hidden, **BUSY}
+    for done in (box.submit(talk, [box, *settings], shown, **queued),
+                 at["Again"].click(again, settings, shown, **queued)):
         done.success(fresh, None, [talked, below], queue=False, **hidden)
     at["Stop"].click(stop, queue=False, **hidden)
     for event in (at["New chat"].click, talked.clear):

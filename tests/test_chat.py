@@ -346,6 +346,35 @@ def test_stop_from_another_thread(shipped):
     assert session.finish_reason != "cancelled"
 
 
+def test_stop_reaches_an_answer_that_has_not_begun(small):
+    """Before its first piece is asked for: nothing is kept, and later answers are those of a session never stopped."""
+    session, other = (ChatSession(*small, seed=1, max_new_tokens=20) for _ in range(2))
+    assert session.reply("One") == other.reply("One")
+    for begin in (lambda: session.stream("Two"), session.regenerate):
+        stream = begin()
+        session.stop()
+        assert list(stream) == [] and session.finish_reason == "cancelled"
+        assert session.exchanges == other.exchanges
+    session.stop()
+    assert "".join(session.regenerate()) == "".join(other.regenerate()) and session.finish_reason != "cancelled"
+    assert session.reply("Two") == other.reply("Two")
+
+
+def test_stop_reaches_all_that_wait_for_their_turn(small):
+    """One is being streamed, two wait for its end in other threads; after a stop and a reset nothing comes late."""
+    session = ChatSession(*small, seed=1, max_new_tokens=60)
+    stream = session.stream("One")
+    heard = next(stream)
+    with ThreadPoolExecutor(2) as pool:
+        late = [pool.submit(list, session.stream(text)) for text in ("Two", "Three")]
+        time.sleep(0.1)
+        session.stop()
+        heard += "".join(stream)
+    assert [wait.result() for wait in late] == [[], []] and session.exchanges == [("One", heard)]
+    session.reset()
+    assert session.messages == [] and session.reply("Four") and len(session.exchanges) == 1
+
+
 @pytest.mark.parametrize("how", ["close", "stop", "interrupt"])
 def test_after_a_cancelled_answer_the_next_one_is_right(small, how):
     """It equals the answer of a session that begins with the same transcript."""

@@ -392,6 +392,22 @@ def test_messages_while_one_is_answered_wait_in_the_box(small):
     assert [user for user, _ in session.exchanges] == ["One"]
 
 
+@pytest.mark.parametrize("act, note", [("stop", "Stopped."), ("clear", "")])
+def test_stop_and_clear_right_after_send(small, act, note):
+    """The answer has not begun yet, for somebody else is talking: it never comes."""
+    session = ChatSession(*small, max_new_tokens=60, seed=1)
+    widget = ui.ChatWidget(session)
+    with session._turn:                                # in this thread; the widget's waits
+        widget.send("One")
+        pressed = threading.Thread(target=getattr(widget, act))
+        pressed.start()
+        time.sleep(0.3)
+    pressed.join(60)
+    widget.wait()
+    assert session.messages == [] and session.finish_reason == "cancelled" and not widget.busy
+    assert f">{note}</span>" in widget.page.note.value
+
+
 def test_a_transcript_opened_while_an_answer_comes(small):
     """The answer is ended first; what was opened is all that there is."""
     session = ChatSession(*small, max_new_tokens=90, seed=1)

@@ -216,6 +216,46 @@ def test_explain_is_one_line():
     assert cli.explain(OSError("plain")) == "plain" and cli.explain(KeyError()) == "KeyError"
 
 
+def test_settings_as_json_and_as_python_write_them():
+    """`False` is no text (which would be true)."""
+    given = ["a=true", "b=True", "c=false", "d=False", "e=null", "f=None", "g=3e-4", "h=[1,2]", "i=wsd", "j=", "k=a=b"]
+    assert list(cli.parse_settings(given).values()) == [True, True, False, False, None, None, 0.0003, [1, 2], "wsd", "", "a=b"]
+    assert all(type(value) is bool for value in list(cli.parse_settings(given).values())[:4])
+
+
+def test_the_page_waits_in_steps(small_folder, tmp_path, monkeypatch, capfd):
+    """An exception that Python raises between two steps of a thread, as it does with Ctrl-C on Windows, ends `minigpt ui`."""
+    import ctypes
+
+    from minigpt import ui
+    ended: list[str] = []
+
+    class Page:
+        def launch(self, **settings):
+            return None, "http://127.0.0.1:0/", None
+
+        def close(self, verbose):
+            ended.append("closed")
+
+    def serve():
+        try:
+            cli.ui("127.0.0.1", 0, False, str(small_folder), [], None, tmp_path / "votes", True, 1, 1)
+        except KeyboardInterrupt:
+            ended.append("interrupted")
+    monkeypatch.setattr(ui, "gradio_app", lambda *_, **__: Page())
+    monkeypatch.setattr(ui, "page_style", dict)
+    thread, shown = threading.Thread(target=serve, daemon=True), ""
+    thread.start()
+    while "Ctrl-C ends it" not in shown:
+        assert thread.is_alive()
+        time.sleep(0.1)
+        shown += capfd.readouterr().out
+    time.sleep(0.2)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
+    thread.join(20)
+    assert ended == ["closed", "interrupted"]
+
+
 def test_ctrl_c_handler_is_put_back():
     before, calls = signal.getsignal(signal.SIGINT), []
     with cli.stoppable(lambda: calls.append(1)):

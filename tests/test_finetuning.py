@@ -3,8 +3,12 @@ Values are computed another way than in the chapter."""
 import copy
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -463,6 +467,79 @@ def test_dpo_refuses_what_cannot_work(tokenizer, renderer):
             dpo(tiny(), pairs, tokenizer=tokenizer, **{**QUIET, **changes})
     with pytest.raises(ValueError, match="no pairs"):
         dpo(tiny(), [], tokenizer=tokenizer, **QUIET)
+
+
+@pytest.mark.parametrize("size, world, works", [(12, 4, 16), (16, 16, 32), (2, 2, 4), (7, 1, 8)])
+def test_dpo_takes_whole_pairs_on_each_rank(renderer, size, world, works):
+    """What does not divide is refused, with a batch_size that works; with that one, the ranks draw just its pairs."""
+    with pytest.raises(ValueError, match=f"batch_size={size}, processes: {world}.* {2 * world}, such as {works}$"):
+        ft.check_dpo(TrainConfig(batch_size=size), 0.1, world)
+    config, rows = TrainConfig(batch_size=works), PairRows(some_pairs(works // 2), renderer, 128)
+    ft.check_dpo(config, 0.1, world)
+    drawn = []
+    for rank in range(world):
+        rows.position = 0
+        rows.share(config, Ranks(rank, world), size=2)
+        drawn += rows.draw().tolist()
+    assert sorted(drawn) == list(range(works // 2))
+
+
+# ------------------------------------------------------------------ several processes
+
+RANKS = """
+import json, sys
+sys.path.insert(0, sys.argv[2])
+import test_finetuning as here
+import torch.distributed as dist
+from minigpt.bpe import BPETokenizer
+tokenizer, found = BPETokenizer.from_pretrained(f"{sys.argv[1]}/tokenizer"), {}
+for kind in ("ddp", "fsdp"):
+    for tune in (here.tune_chats, here.tune_pairs):
+        result = tune(tokenizer, kind, f"{sys.argv[1]}/{kind} {tune.__name__}")
+        assert any(hasattr(p, "full_tensor") for p in result.model.parameters()) == (kind == "fsdp")
+        found[f"{kind} {tune.__name__}"] = [result.before, result.after]
+told = [None, None]
+dist.all_gather_object(told, found)
+assert told[0] == told[1]
+if dist.get_rank() == 0:
+    with open(f"{sys.argv[1]}/found.json", "w") as file:
+        json.dump(found, file)
+"""
+FEW = {"max_steps": 4, "batch_size": 4, "lr": 1e-3, "log_every": 1, "device": "cpu"}
+
+
+def tune_chats(tokenizer, kind, out):
+    rows = [talk(f"Is {n} a number?", f"Yes, {n} is.") for n in range(20)]
+    return finetune(tiny(loud=5), rows[:16], tokenizer=tokenizer, held=rows[16:], texts=["One and two are three."], out=out,
+                    config=FEW | {"parallel": kind}, **QUIET)
+
+
+def tune_pairs(tokenizer, kind, out):
+    return dpo(tiny(loud=5), some_pairs(8), tokenizer=tokenizer, held=some_pairs(3), out=out,
+               config=FEW | {"parallel": kind}, **QUIET)
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch runs no FSDP2 on a CPU (2.6 does not)")
+def test_two_processes_measure_and_save_what_one_does(tokenizer, tmp_path):
+    """DDP and FSDP2 over gloo: both ranks are told the same numbers, before and after, and the whole model is saved."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    script = tmp_path / "script.py"
+    script.write_text(RANKS, encoding="utf-8")
+    here = Path(__file__).resolve().parent
+    env = os.environ | {"PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(script), str(tmp_path), str(here)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 4
+    for tune in (tune_chats, tune_pairs):
+        one = tune(tokenizer, "ddp", tmp_path / f"one {tune.__name__}")
+        assert one.after != one.before and len(one.after) == 4
+        for kind in ("ddp", "fsdp"):
+            before, after = found[f"{kind} {tune.__name__}"]
+            assert before == pytest.approx(one.before, rel=1e-5) and after == pytest.approx(one.after, rel=1e-3)
+            saved = GPT2.from_pretrained(tmp_path / f"{kind} {tune.__name__}" / "model")
+            assert torch.allclose(saved.wte.weight, one.model.wte.weight, atol=1e-4)
 
 
 def test_the_bundled_pairs_differ_by_a_question_at_the_end():

@@ -20,6 +20,7 @@ from browsers import BROWSER, contrast, launch
 from minigpt import ui
 from minigpt.bpe import BPETokenizer
 from minigpt.chat import ChatSession, read_messages, transcript
+from minigpt.cli import free_port
 from minigpt.evaluation import Votes
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -583,6 +584,44 @@ def test_who_leaves_while_an_answer_comes(small):
     here.leave("a")
     list(stream)
     assert session.finish_reason == "cancelled" and len(here) == 0
+
+
+def test_a_message_in_the_queue_is_stopped_too(small):
+    """Two visitors hold the places, five wait. Stop, New chat and goodbye reach those who wait: they get no answer. The
+    others do, and so does the next message of who stopped."""
+    gr = pytest.importorskip("gradio")
+    here = ui.Visitors(ChatSession(*small, seed=1, max_new_tokens=8))
+    with gr.Blocks(analytics_enabled=False) as page:
+        ui.chat_tab(here, {}, {}, uploads=False)
+    number = {f.fn.__name__: n for n, f in page.fns.items()}
+    _, address, _ = page.queue().launch(server_name="127.0.0.1", server_port=free_port(), quiet=True, inbrowser=False,
+                                        prevent_thread_lock=True, **ui.page_style())
+
+    def press(visitor: str, name: str, *values) -> None:
+        path = "queue/join" if name in ("talk", "again") else "run/predict"
+        assert ask(address, path, fn_index=number[name], session_hash=visitor, data=list(values))[0] == 200
+    settings, heard = ["none", "none", 0.7, 50, 0.9, 8], {}
+    try:
+        here.session("again").reply("Before")
+        before = here.session("again").exchanges
+        with here.session("one")._turn, here.session("two")._turn:       # their answers cannot begin
+            for visitor in ("one", "two"):
+                press(visitor, "talk", "Hello", *settings)
+                heard[visitor] = told_of(address, visitor)
+                until(heard[visitor], "process_starts")
+            for visitor in ("stops", "again", "clears", "leaves", "waits"):
+                press(visitor, *(["again"] if visitor == "again" else ["talk", "Hello"]), *settings)
+                heard[visitor] = told_of(address, visitor)
+                until(heard[visitor], "estimation")
+            press("stops", "stop"), press("again", "stop"), press("clears", "clear"), here.leave("leaves")
+        assert all(until(messages, "process_completed")["success"] for messages in heard.values())
+        assert [len(here.session(name).exchanges) for name in ("one", "two", "stops", "clears", "waits")] == [1, 1, 0, 0, 1]
+        assert here.session("again").exchanges == before and "leaves" not in here._here
+        press("stops", "talk", "Hello", *settings)
+        assert until(told_of(address, "stops"), "process_completed")["success"]
+        assert [user for user, _ in here.session("stops").exchanges] == ["Hello"]
+    finally:
+        page.close(verbose=False)
 
 
 def test_uploaded_names_stay_in_their_folder(tmp_path):
