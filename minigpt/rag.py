@@ -879,9 +879,13 @@ def cite_sentence(sentence: str, hits: Sequence[Hit]) -> Citation | None:
                        re.IGNORECASE)
     meant, found = set(query_words(sentence)), None
     for number, hit in enumerate(hits, 1):
+        units = sentences(hit.text)
         if match := exact.search(hit.text):
-            return span(hit, match.start(), match.end(), number, 1.0)
-        for a, z in sentences(hit.text):
+            around = [hit.text[a:z] for a, z in units
+                      if a < match.end() and match.start() < z]
+            if not around or any(map(denies, around)) == denies(sentence):
+                return span(hit, match.start(), match.end(), number, 1.0)
+        for a, z in units:
             text = hit.text[a:z]
             off = denies(text) != denies(sentence)  # a word that is missing
             share = len(meant & set(words(text))) / (len(meant) + off)
