@@ -4,7 +4,9 @@
 __all__ = ['SuiteName', 'free_folder', 'run_eval', 'register_lm_eval', 'register']
 
 # %% ../nbs/06_evaluation.ipynb #cliimports
+from contextlib import suppress
 from enum import Enum
+from itertools import count
 from pathlib import Path
 
 import typer
@@ -18,32 +20,40 @@ class SuiteName(str, Enum):
 
 # %% ../nbs/06_evaluation.ipynb #freefolder
 def free_folder(base: str | Path = "runs") -> Path:
-    """The first of runs/eval-001, runs/eval-002, ... that is not there."""
-    number = 1
-    while (folder := Path(base) / f"eval-{number:03d}").exists():
-        number += 1
-    return folder
+    """Make the first of runs/eval-001, runs/eval-002, ... that is not there.
+
+    Runs that start at the same time get different folders.
+    """
+    Path(base).mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = Path(base) / f"eval-{number:03d}"
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 # %% ../nbs/06_evaluation.ipynb #runeval
 def run_eval(names: list[str], suite: str, data: str | None, out: Path | None,
              overwrite: bool, device: str | None, progress: bool) -> None:
-    """Measure models, print a table and differences, write the report."""
+    """Measure models, write the report, print a table and differences."""
     from minigpt.data import load_chats
     from minigpt.report import (check_folder, compare, open_model,
                                 report_table, run_suite, write_report)
 
-    folder = check_folder(out or free_folder(), overwrite)
+    if out is not None:
+        check_folder(out, overwrite)
     chats = load_chats(data) if data else None
     opened = [(name, *open_model(name, device=device)) for name in names]
+    folder = free_folder() if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
     reports = [run_suite(model, tokenizer, name=name, suite=suite,
                          chats=chats, progress=progress)
                for name, model, tokenizer in opened]
+    write_report(reports, folder, overwrite=overwrite)
     typer.echo(report_table(reports))
     for other in reports[1:]:
         typer.echo(f"\n{names[0]} minus {other['name']}:")
         for measure, gain in compare(other, reports[0]).items():
             typer.echo(f"  {measure:14} {gain}")
-    write_report(reports, folder, overwrite=overwrite)
     typer.echo(f"\nwritten: {folder / 'report.html'} and report.json")
 
 # %% ../nbs/06_evaluation.ipynb #registerlm
@@ -81,7 +91,7 @@ def register(app: typer.Typer) -> None:
                                "report.html [default: a new one in runs/]"),
             overwrite: bool = option(False, "--overwrite", help="Replace a "
                                      "report in --out."),
-            device: str = option(None, help="cpu, cuda or mps; default: the "
+            device: str = option("auto", help="cpu, cuda, mps, or auto: the "
                                  "best there is."),
             quiet: bool = option(False, "--quiet", help="No progress bars.")
     ) -> None:
@@ -99,6 +109,8 @@ def register(app: typer.Typer) -> None:
         try:
             run_eval(names, suite.value, data, out, overwrite, device,
                      not quiet)
+        except BrokenPipeError:  # nobody reads on; the report is written
+            raise
         except (ValueError, TypeError, OSError) as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(2) from None

@@ -12,7 +12,7 @@ __all__ = ['EVAL', 'LENGTHS', 'SMOOTHING', 'NOT_SAID', 'VERDICTS', 'Scored', 'sc
            'chrf_counts', 'chrf_from_counts', 'chrf', 'normalize_answer', 'exact_match', 'token_f1', 'repetition',
            'distinct', 'reading_rates', 'Vote', 'Votes', 'Match', 'Blind', 'Ballot', 'win_table', 'bradley_terry',
            'rate', 'krippendorff_alpha', 'agreement', 'sign_test', 'votes_needed', 'vote_summary', 'NGramDecoder',
-           'answer_chats', 'make_matches', 'temperature_matches']
+           'fit_prompts', 'answer_chats', 'make_matches', 'temperature_matches']
 
 # %% ../nbs/06_evaluation.ipynb #imports
 import json
@@ -901,7 +901,7 @@ class Votes:
         self._lock = threading.Lock()
         if self.path.exists():
             data = self.path.read_text(encoding="utf-8", errors="replace")
-            for number, line in enumerate(data.splitlines(), 1):
+            for number, line in enumerate(data.split("\n"), 1):
                 self._read(line, number)
 
     def _read(self, line: str, number: int) -> None:
@@ -1149,6 +1149,30 @@ class NGramDecoder:
         return torch.cat([self.model(torch.tensor([row[-8:]]))[:, -1:]
                           for row in self.ids])
 
+# %% ../nbs/06_evaluation.ipynb #fitprompts
+def fit_prompts(renderer: Any, conversations: Sequence[Sequence[dict]],
+                room: int) -> list[list[int] | None]:
+    """Prompts of at most `room` ids; None where no cut makes one fit.
+
+    renderer: gives prompt(messages, max_length), which leaves out the
+    oldest exchanges. Warns with the number of those that do not fit.
+    """
+    found: list[list[int] | None] = []
+    for messages in conversations:
+        ids = renderer.prompt(messages)  # ValueError if the user isn't last
+        if len(ids) > room:
+            try:
+                ids = (renderer.prompt(messages, max_length=room)
+                       if room > 0 else None)
+            except ValueError:
+                ids = None
+        found.append(ids)
+    if missing := found.count(None):
+        warnings.warn(f"{missing} of {len(found)} conversations do not fit "
+                      f"into {max(0, room)} tokens and get no answer",
+                      stacklevel=3)
+    return found
+
 # %% ../nbs/06_evaluation.ipynb #answerchats
 def answer_chats(model: nn.Module, renderer: Any,
                  conversations: Sequence[Sequence[dict]], *,
@@ -1159,14 +1183,17 @@ def answer_chats(model: nn.Module, renderer: Any,
 
     renderer: gives prompt(messages), stop_ids and tokenizer.
     temperature: 0 is greedy. Conversations of similar length share a
-    batch; too long ones lose their oldest exchanges.
+    batch; too long ones lose their oldest exchanges. One whose last message
+    alone is too long is answered with "", and a warning counts such ones:
+    all models are judged on the same questions, read or not.
     """
     room = model.config.block_size - max_new_tokens
-    prompts = [renderer.prompt(c, max_length=room) for c in conversations]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    prompts = fit_prompts(renderer, conversations, room)
+    order = sorted((i for i, ids in enumerate(prompts) if ids is not None),
+                   key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     decoder = NGramDecoder(model) if isinstance(model, NGram) else None
-    bar = tqdm(total=len(prompts), disable=not progress, desc="answers")
+    bar = tqdm(total=len(order), disable=not progress, desc="answers")
     for at in range(0, len(order), batch_size):
         batch = order[at:at + batch_size]
         drawn = generate(model, [prompts[i] for i in batch],

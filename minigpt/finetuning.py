@@ -39,6 +39,9 @@ from .training import (Batches, Checkpoints, Phase, Ranks, Run,
                               run_loop, sync_gradients, train, whole_model)
 
 # %% ../nbs/07_finetuning.ipynb #reply
+from .evaluation import fit_prompts
+
+
 def reply_all(model: GPT2, renderer: ChatRenderer,
               chats: Sequence[dict], *, max_new_tokens: int = 64,
               batch_size: int = 16, **options) -> list[Generation]:
@@ -47,13 +50,16 @@ def reply_all(model: GPT2, renderer: ChatRenderer,
     chats: the last message is the user's, or an answer that is left out.
     options: of `generate`; greedy unless told. A Generation's
     `finish_reason` is "stop" if the model ended by itself, else "length".
+    Where the last message alone is too long it has no ids and "length", as
+    answer_chats answers with "", and a warning counts such conversations.
     """
     room = model.config.block_size - max_new_tokens
     asked = [chat["messages"] if chat["messages"][-1]["role"] == "user"
              else chat["messages"][:-1] for chat in chats]
-    prompts = [renderer.prompt(said, max_length=room) for said in asked]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found: list[Generation | None] = [None] * len(prompts)
+    prompts = fit_prompts(renderer, asked, room)
+    order = sorted((i for i, ids in enumerate(prompts) if ids is not None),
+                   key=lambda i: len(prompts[i]))
+    found = [Generation(finish_reason="length") for _ in prompts]
     decoder = Decoder(model)
     for at in range(0, len(order), batch_size):
         some = order[at:at + batch_size]

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PLAIN_LORA', 'LoraConfig', 'check_lora', 'LoraProduct', 'in_one_dtype', 'lora_step', 'PlainView', 'new_pair',
            'LoraLinear', 'linear_layers', 'find_targets', 'Adapters', 'adapters_of', 'lora_layers', 'bias_parameters',
-           'switch_biases', 'check_free', 'set_adapter', 'apply_lora', 'TrainableReport', 'trainable_report',
-           'FrozenHead', 'lora_loss', 'merge_lora', 'unmerge_lora', 'hf_name', 'config_to_peft', 'adapter_tensors',
-           'save_adapter', 'config_from_peft', 'split_name', 'check_parts', 'read_adapter', 'load_adapter', 'adapted',
-           'nf4_code', 'to_blocks', 'quantize_blocks', 'dynamic_code', 'code_pairs', 'NF4', 'quantize_nf4',
-           'NF4Product', 'NF4Linear', 'quantize_model']
+           'switch_biases', 'own_biases', 'check_free', 'set_adapter', 'apply_lora', 'TrainableReport',
+           'trainable_report', 'FrozenHead', 'lora_loss', 'merge_lora', 'unmerge_lora', 'hf_name', 'config_to_peft',
+           'adapter_tensors', 'save_adapter', 'config_from_peft', 'split_name', 'check_parts', 'read_adapter',
+           'load_adapter', 'adapted', 'nf4_code', 'to_blocks', 'quantize_blocks', 'dynamic_code', 'code_pairs', 'NF4',
+           'quantize_nf4', 'NF4Product', 'NF4Linear', 'quantize_model']
 
 # %% ../nbs/08_lora.ipynb #imports
 import json
@@ -255,7 +255,8 @@ class Adapters:
 
     configs: by name. active: the one that counts now, or None. merged: the
     one that is added into the weights, or None. biases: for each adapter
-    that trains some, its own values by name; under None the model's.
+    that trains some, its own values by name; under None the model's. Of the
+    active adapter they are as old as the last switch: see own_biases().
     """
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
@@ -297,13 +298,33 @@ def bias_parameters(model: nn.Module, which: str, layers: Sequence[str]
 # %% ../nbs/08_lora.ipynb #switchbiases
 def switch_biases(model: nn.Module, adapters: Adapters, name: str | None
                   ) -> None:
-    """Put an adapter's own biases, where it has some, into the model."""
+    """Put the biases of the active adapter away, those of `name` in.
+
+    `name` is the active adapter then, None the plain model.
+    """
+    places, kept = bias_parameters(model, "all", ()), adapters.biases
+    leaving = kept.get(adapters.active, {})
+    for key in kept.get(None, {}):
+        owner = adapters.active if key in leaving else None
+        kept[owner][key] = places[key].data
+    for owner in (None, name):
+        for key, tensor in kept.get(owner, {}).items():
+            places[key].data = tensor.to(places[key])  # its device and dtype
+            places[key].requires_grad_(owner is not None)
+    adapters.active = name
+
+# %% ../nbs/08_lora.ipynb #ownbiases
+def own_biases(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The biases that an adapter trains, as they are now, by name.
+
+    The model's own parameters while it is active, not copies.
+    """
+    adapters = adapters_of(model)
+    kept = adapters.biases.get(name, {})
+    if name != adapters.active:
+        return kept
     places = bias_parameters(model, "all", ())
-    for key, tensor in adapters.biases.get(None, {}).items():
-        places[key].data = tensor
-    for key, tensor in adapters.biases.get(name, {}).items():
-        places[key].data = tensor
-        places[key].requires_grad_(name is not None)
+    return {key: places[key] for key in kept}
 
 # %% ../nbs/08_lora.ipynb #checkfree
 def check_free(adapters: Adapters, name: str) -> None:
@@ -340,7 +361,6 @@ def set_adapter(model: GPT2Core, name: str | None) -> GPT2Core:
             layer.lora_A[name].requires_grad_()
             layer.lora_B[name].requires_grad_()
     switch_biases(model, adapters, name)
-    adapters.active = name
     return model
 
 # %% ../nbs/08_lora.ipynb #applylora
@@ -534,7 +554,7 @@ def adapter_tensors(model: GPT2Core, name: str) -> dict[str, Tensor]:
         key = f"{start}{hf_name(path)}"
         found[f"{key}.lora_A.weight"] = layer.lora_A[name]
         found[f"{key}.lora_B.weight"] = layer.lora_B[name]
-    for path, tensor in adapters_of(model).biases.get(name, {}).items():
+    for path, tensor in own_biases(model, name).items():
         layer = path.removesuffix(".bias")
         inner = ".base_layer" if layer in layers else ""
         found[f"{start}{hf_name(layer)}{inner}.bias"] = tensor
@@ -685,7 +705,7 @@ def load_adapter(model: GPT2Core, folder: str | Path, name: str = "default"
     for path, layer in lora_layers(model, name).items():
         layer.lora_A[name].copy_(parts[path]["A"])
         layer.lora_B[name].copy_(parts[path]["B"])
-    for key, tensor in model.adapters.biases.get(name, {}).items():
+    for key, tensor in own_biases(model, name).items():
         layer = key.removesuffix(".bias")
         if "bias" in parts.get(layer, {}):
             tensor.copy_(parts[layer]["bias"])
@@ -697,7 +717,8 @@ def adapted(model: GPT2Core, folder: str | Path | None = None) -> GPT2:
     """A plain GPT2 with an adapter merged in; `model` stays as it is.
 
     folder: an adapter, ours or peft's; None: the model's active adapter.
-    Tensors that no adapter touches are shared with `model`, not copied.
+    All of `model`'s dtype, also what was in 4 bits. Tensors that no adapter
+    touches are shared with `model`, not copied.
     Raises what read_adapter does.
     """
     weights = dict(model.state_dict())
@@ -714,6 +735,7 @@ def adapted(model: GPT2Core, folder: str | Path | None = None) -> GPT2:
                 weights[f"{layer}.bias"] = part["bias"].to(old)
     with torch.device("meta"):
         plain = GPT2(model.config)
+    weights = {name: t.to(model.dtype) for name, t in weights.items()}
     plain.load_state_dict(weights, assign=True)
     return plain.train(model.training)
 

@@ -89,14 +89,18 @@ def renderer_for(tokenizer: BPETokenizer) -> Any:
 
 # %% ../nbs/06_evaluation.ipynb #kinds
 def by_kind(chats: Sequence[dict], least: int = 4) -> dict[str, list[int]]:
-    """Row numbers of each kind, the largest first; rare ones as "other"."""
+    """Row numbers of each kind, the largest first.
+
+    Kinds with less than `least` rows join "other", which comes last.
+    """
     found: dict[str, list[int]] = {}
     for i, chat in enumerate(chats):
         kind = chat.get("kind", "other").split(":")[0]
         found.setdefault(kind, []).append(i)
-    other = [i for rows in found.values() if len(rows) < least for i in rows]
-    found = {k: rows for k, rows in sorted(found.items(), key=lambda p: (
-        -len(p[1]), p[0])) if len(rows) >= least}
+    other = found.pop("other", [])
+    for kind in [k for k, rows in found.items() if len(rows) < least]:
+        other += found.pop(kind)
+    found = dict(sorted(found.items(), key=lambda p: (-len(p[1]), p[0])))
     return found | ({"other": sorted(other)} if other else {})
 
 # %% ../nbs/06_evaluation.ipynb #partheld
@@ -391,8 +395,14 @@ def report_html(reports: Sequence[dict], answers: int = 12) -> str:
 
 # %% ../nbs/06_evaluation.ipynb #checkfolder
 def check_folder(folder: str | Path, overwrite: bool = False) -> Path:
-    """The folder as a Path; FileExistsError if it holds a report."""
+    """The folder as a Path; FileExistsError if it holds a report.
+
+    Raises NotADirectoryError where something else has that name.
+    """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder: choose another "
+                                 "name for the report's")
     for path in (folder / "report.json", folder / "report.html"):
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists: choose another folder, or "
@@ -404,7 +414,7 @@ def write_report(reports: Sequence[dict], folder: str | Path, *,
                  overwrite: bool = False) -> Path:
     """Write report.json and report.html into a folder, which is made.
 
-    Raises FileExistsError if there is a report and overwrite is False.
+    Raises what check_folder does.
     """
     folder = check_folder(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
@@ -442,6 +452,8 @@ def open_model(name: str | None = None, *, device: str | None = None
 
     name: None or "minigpt-chat" for the shipped model; "ngram" and
       "untrained" for the baselines; else a folder or a hub name.
+    device: where it goes, as in GPT2.from_pretrained: None is the CPU, as
+      for the baselines always, "auto" the best there is.
     """
     if name in BASELINES:
         tokenizer = BPETokenizer.from_pretrained()

@@ -391,6 +391,24 @@ def test_answers_do_not_depend_on_the_batch(tokenizer):
     assert together == [answer_chats(model, renderer, [a], max_new_tokens=8)[0] for a in asked]
 
 
+def test_a_question_that_does_not_fit_is_answered_with_nothing(tokenizer):
+    """The other answers, and their places, are those that the model gives without it; who asks wrongly is still told."""
+    torch.manual_seed(3)
+    model = GPT2(GPT2Config.preset("mini", n_layer=1, block_size=64)).eval()
+    renderer = ChatRenderer(tokenizer)
+    long = [{"role": "user", "content": "so " * 100}]
+    short = [[{"role": "user", "content": text}] for text in ("Hi!", "What is a whale?")]
+    with pytest.warns(UserWarning, match="1 of 3 conversations"):
+        found = answer_chats(model, renderer, [short[0], long, short[1]], max_new_tokens=8)
+    assert found[1] == "" and [found[0], found[2]] == answer_chats(model, renderer, short, max_new_tokens=8)
+    with pytest.warns(UserWarning, match="2 of 2 conversations"):
+        assert answer_chats(model, renderer, short, max_new_tokens=64) == ["", ""]        # no room at all
+    old = [{"role": "user", "content": "so " * 40}, {"role": "assistant", "content": "No."}, *short[1]]
+    assert answer_chats(model, renderer, [old], max_new_tokens=8) == [found[2]]           # as before: the oldest go
+    with pytest.raises(ValueError, match="not the user's"):
+        answer_chats(model, renderer, [short[0], old[:2]], max_new_tokens=8)
+
+
 # ------------------------------------------------------------------ text measures
 
 SQUAD = [("The Eiffel Tower.", "eiffel tower", 1, 1.0), ("in Paris, France", "Paris", 0, 0.5), ("", "", 1, 1.0),

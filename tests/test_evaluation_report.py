@@ -1,10 +1,12 @@
 """Chapter 06: suites, reports, comparison of models, and the command `minigpt eval`."""
+import errno
 import html.parser
 import json
 import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from minigpt.bpe import BPETokenizer
 from minigpt.cli_eval import free_folder, register
 from minigpt.data import ChatRenderer, load_chats
 from minigpt.evaluation import NOT_SAID, bleu, score_chats, token_f1
-from minigpt.gpt2 import GPT2, GPT2Config
+from minigpt.gpt2 import GPT2, GPT2Config, pick_device
 from minigpt.report import (
     SUITES, PlainRenderer, Suite, answers_part, by_kind, compare, open_model, renderer_for, report_html,
     report_rows, report_table, run_suite, take_evenly, write_report)
@@ -94,6 +96,32 @@ def test_long_conversations_do_not_break_the_suite():
     report = run_suite(model, tokenizer, suite=Suite(1, 1, 1, 3), chats=[{"messages": long}])
     assert report["held"]["all"]["tokens"] == sum(
         len(tokenizer.encode_ordinary((f"{word} " * 300).strip())) + 1 for word in ("fox", "kite", "bee"))
+
+
+def test_a_question_longer_than_the_room_does_not_end_the_suite():
+    """It counts as answered with nothing, so that models of other lengths are compared on the same questions."""
+    tokenizer = BPETokenizer.from_pretrained()
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config.preset("mini", n_layer=1, block_size=256)).eval()
+    said = [[("user", "so " * 220), ("assistant", "Yes.")], [("user", "Hi"), ("assistant", "Hello!")]]
+    chats = [{"messages": [{"role": role, "content": text} for role, text in turns]} for turns in said]
+    assert 208 < len(ChatRenderer(tokenizer).prompt(chats[0]["messages"][:1])) < 256
+    with pytest.warns(UserWarning, match="1 of 2 conversations"):
+        report = run_suite(model, tokenizer, suite=Suite(2, 2, 1, 48), chats=chats)
+    rows = report["answers"]["rows"]
+    assert rows[0]["said"] == "" and rows[0]["f1"] == 0 and rows[1]["said"]
+    assert report["held"]["all"]["documents"] == report["answers"]["all"]["documents"] == 2
+    other = run_suite(open_model("ngram")[0], tokenizer, suite=Suite(2, 2, 1, 48), chats=chats)
+    assert "answers: F1" in compare(report, other)
+
+
+def test_rare_kinds_join_the_rows_of_kind_other():
+    kinds = ["other", "story", "other", "fact", "story", "other"]
+    chats = [{"kind": kind} for kind in kinds]
+    assert by_kind(chats, least=2) == {"story": [1, 4], "other": [0, 2, 3, 5]}
+    assert by_kind(chats, least=4) == {"other": [0, 1, 2, 3, 4, 5]}
+    assert by_kind(chats[:5], least=1) == {"story": [1, 4], "fact": [3], "other": [0, 2]}
+    assert list(by_kind([*chats, {}, {"kind": "fact"}], least=2)) == ["fact", "story", "other"]
 
 
 @pytest.mark.parametrize("call,words", [
@@ -224,9 +252,56 @@ def test_bad_arguments_end_in_one_line_and_2(args, words, tmp_path, monkeypatch)
 
 
 def test_folders_are_counted_up(tmp_path):
-    assert free_folder(tmp_path).name == "eval-001"
-    (tmp_path / "eval-001").mkdir()
-    assert free_folder(tmp_path).name == "eval-002"
+    assert free_folder(tmp_path / "runs").name == "eval-001" and (tmp_path / "runs" / "eval-001").is_dir()
+    assert free_folder(tmp_path / "runs").name == "eval-002"
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        free_folder(tmp_path / "file")
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: free_folder(tmp_path), range(40)))
+    assert sorted(found) == [tmp_path / f"eval-{n:03d}" for n in range(1, 41)]
+
+
+def test_an_out_that_is_no_folder_is_refused_before_any_work(tmp_path, monkeypatch):
+    def measured(*args, **kwargs):
+        raise AssertionError("a model was measured first")
+
+    monkeypatch.setattr("minigpt.report.run_suite", measured)
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for out in ("file", "file/inside"):
+        run = CliRunner().invoke(app(), ["eval", "untrained", "--quiet", "--out", str(tmp_path / out)])
+        assert run.exit_code == 2 and "file" in run.output and "Traceback" not in run.output
+        again = CliRunner().invoke(app(), ["eval", "untrained", "--quiet", "--overwrite", "--out", str(tmp_path / out)])
+        assert again.exit_code == 2
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_report_is_written_before_anything_is_printed(reports, tmp_path, monkeypatch):
+    """As `minigpt eval | head -1`: nobody reads the table to its end."""
+    def broken(*args, **kwargs):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("minigpt.report.run_suite", lambda *args, name, **kwargs: reports[name == "ngram"])
+    monkeypatch.setattr(typer, "echo", broken)
+    run = CliRunner().invoke(app(), ["eval", "untrained", "--against", "ngram", "--quiet", "--out", str(tmp_path / "out")])
+    assert run.exit_code == 1
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))) == 2
+
+
+def test_the_device_is_picked_by_the_one_rule(tmp_path, monkeypatch):
+    def picked(device, rule=pick_device):
+        if device != "cpu":
+            raise ValueError(f"asked for {device}")
+        return rule(device)
+
+    monkeypatch.setattr("minigpt.gpt2.pick_device", picked)
+    for more, asked in ([], "asked for auto"), (["--device", "mps"], "asked for mps"):
+        run = CliRunner().invoke(app(), ["eval", "--quiet", "--out", str(tmp_path / "out"), *more])
+        assert run.exit_code == 2 and asked in run.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_adding_the_command_imports_nothing_heavy():

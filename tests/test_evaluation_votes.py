@@ -60,6 +60,15 @@ def test_a_line_without_its_newline_is_kept(tmp_path):
     assert Votes(path).rows == [first, second]
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\n", "\r\n"], ids=ascii)
+def test_line_ends_of_other_kinds_in_a_vote_end_no_line(odd, tmp_path, recwarn):
+    path = tmp_path / "votes.jsonl"
+    votes = [Vote(f"a{odd}da", f"q{odd}1", "A", "B", "left"), Vote("bob", "2", f"A{odd}", "B", "tie")]
+    for vote in votes:
+        Votes(path).add(vote)
+    assert Votes(path).rows == votes and not recwarn.list
+
+
 def test_threads_and_processes_share_a_file(tmp_path):
     path = tmp_path / "votes.jsonl"
     shared = Votes(path)

@@ -314,6 +314,14 @@ def test_measures_are_those_of_a_plain_loop(chats, tokenizer, renderer):
     assert found["stops"] == pytest.approx(stops / len(some))
 
 
+def test_a_question_that_does_not_fit_gets_no_reply_and_ends_nothing(renderer):
+    asked = [{"messages": [{"role": "user", "content": text}]} for text in ("Hi!", "so " * 200, "What is a dog?")]
+    with pytest.warns(UserWarning, match="1 of 3 conversations"):
+        found = reply_all(tiny(loud=20), renderer, asked, max_new_tokens=20)
+    assert (found[1].ids, found[1].finish_reason) == ([], "length")
+    assert [found[0], found[2]] == reply_all(tiny(loud=20), renderer, asked[::2], max_new_tokens=20)
+
+
 def test_the_logged_loss_of_held_answers_is_that_of_whole_conversations(chats, tokenizer, renderer):
     """Windows of the loop begin where conversations do: nothing is asked that was said before the window."""
     held = short(chats[:60], renderer)

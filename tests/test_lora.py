@@ -306,6 +306,36 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     save_adapter(model, tmp_path / "a", overwrite=True)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("move", [lambda m: m.to(torch.float64).to(torch.float32), copy.deepcopy], ids=["to", "deepcopy"])
+def test_biases_trained_after_the_model_was_moved_are_saved(move, bias, tmp_path):
+    """`to` and `deepcopy` give the parameters other tensors, as a GPU would."""
+    model = move(apply_lora(new_model(), LoraConfig(4, 8, target_modules=["c_fc"], bias=bias)))
+    want = shaken(model)(IDS).detach()
+    save_adapter(model, tmp_path / "a")
+    saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    name = "h.1.mlp.c_fc.base_layer.bias"
+    assert torch.equal(saved[f"base_model.model.transformer.{name}"], model.blocks[1].mlp.c_fc.base.bias)
+    assert torch.equal(load_adapter(new_model(), tmp_path / "a")(IDS), want)
+    assert torch.equal(set_adapter(model, None)(IDS), new_model()(IDS))
+    save_adapter(model, tmp_path / "b")                                 # from the store, while it is switched off
+    assert torch.equal(load_adapter(new_model(), tmp_path / "b")(IDS), want)
+    assert torch.equal(set_adapter(model, "default")(IDS), want)
+
+
+def test_switching_after_a_move_gives_biases_of_the_models_dtype(tmp_path):
+    model = shaken(apply_lora(new_model(), LoraConfig(2, bias="all"), "a"), 1)
+    shaken(apply_lora(model, LoraConfig(3, target_modules=["c_fc"], bias="lora_only"), "b"), 2)
+    outs = {name: set_adapter(model, name)(IDS).detach() for name in ("a", "b", None, "b")}
+    model.double()
+    for name in ("a", None, "b", "a"):
+        got = set_adapter(model, name)(IDS)
+        assert {p.dtype for p in model.parameters()} == {torch.float64}
+        assert far(got, outs[name].double()) < 1e-4
+    save_adapter(set_adapter(model.float(), "b"), tmp_path / "a", "a")
+    assert far(load_adapter(new_model(), tmp_path / "a")(IDS), outs["a"]) < 1e-5
+
+
 # ------------------------------------------------------------------ adapted models elsewhere
 
 def test_adapted_shares_and_leaves_the_model_alone(tmp_path):
@@ -543,6 +573,20 @@ def test_qlora_equals_lora_on_the_unpacked_model():
     assert trainable_report(four).total == trainable_report(plain).total
     with pytest.raises(ValueError, match="4-bit"):
         merge_lora(four)
+
+
+def test_adapted_from_a_4_bit_bfloat16_model_is_bfloat16(tmp_path):
+    four = quantize_model(new_model().bfloat16())
+    plain = new_model()
+    plain.load_state_dict(four.state_dict())                            # float32, with the weights of the 4 bits
+    for model in (four, plain):
+        torch.manual_seed(0)
+        shaken(apply_lora(model, LoraConfig(4, 8, bias="lora_only")))
+    save_adapter(four, tmp_path / "a")
+    base = quantize_model(new_model().bfloat16())
+    for made in (adapted(four), adapted(base, tmp_path / "a")):
+        assert {t.dtype for t in made.state_dict().values()} == {torch.bfloat16}
+        assert far(made(IDS).float(), plain(IDS)) < 0.1 < far(base(IDS).float(), plain(IDS))
 
 
 # ------------------------------------------------------------------ exercises
