@@ -584,7 +584,8 @@ def test_citations_hold_the_words_and_lie_where_they_say(the_course):
             text = sources.setdefault(c.source, load_document(rag.COURSE / c.source).text)
             assert text[c.start:c.end] == c.text and c.before + c.text + c.after == hits[c.number - 1].text
             meant = set(rag.query_words(q["answer"]))
-            assert c.share == 1 or len(meant & set(rag.words(c.text))) / len(meant) == pytest.approx(c.share)
+            off = rag.denies(c.text) != rag.denies(q["answer"])
+            assert c.share == 1 or len(meant & set(rag.words(c.text))) / (len(meant) + off) == pytest.approx(c.share)
             assert c.share == 0 or meant & set(rag.words(c.text))
 
 
@@ -628,7 +629,7 @@ def test_only_supported_answers_count(library):
     ("It never fails. The cache keeps queries.", "The cache keeps queries.", True), ("# The cache\n\nIt is not old.", "The cache", True)])
 def test_a_denial_is_not_held_by_its_opposite(text, answer, whole, tmp_path):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    hits = rag.Index.build(tmp_path / "a.txt").search("cache", 1)
+    hits = rag.Index.build(tmp_path / "a.txt").search("cache or queries", 1)
     [found] = rag.cite(answer, hits, least=0)
     assert (found.share == 1) is whole and rag.supported(answer, [found]) is whole
 
@@ -679,24 +680,24 @@ def test_long_passages_are_cut_to_fit(tmp_path):
 CHINESE = "\u8336\u662f\u70ed\u7684\uff0c\u6765\u81ea\u963f\u8428\u59c6\u3002"
 
 
-@pytest.mark.parametrize("text", ["".join(f"Tea {n}: {CHINESE}" for n in range(300)),
-                                  " ".join(f"tea {n ** 7};" for n in range(500)), "tea" + "\u8336" * 3000])
+@pytest.mark.parametrize("text", ["".join(f"Tea {n}: {CHINESE}" for n in range(300)), "Tea\uff0c" + "\u8336" * 900,
+                                  " ".join(f"tea {n % 9}|{n % 7}|{n % 5};" for n in range(900))])
 def test_passages_fit_into_the_context(text, tiny, tokenizer, tmp_path):
     """Few characters may be many tokens: as many passages are read as the model has positions for."""
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    reader, fitted = RAG(tmp_path, tiny, tokenizer, threshold=0, max_new_tokens=8), []
-    renderer = ChatRenderer(tokenizer)
+    reader, renderer = RAG(tmp_path, tiny, tokenizer, max_new_tokens=8), ChatRenderer(tokenizer)
     room = tiny.config.block_size - 8
-    count = lambda hits: len(renderer.prompt([{"role": "user", "content": rag.reading_prompt(
-        "tea", [rag.plain(h.text) for h in hits])}]))
-    hits = reader.index.search("tea", 3) or [Hit(text[:1800], "a.txt", "", "line 1", 0, 1800)]
-    assert count(hits) > room
-    said, fitted = rag.read_hits(reader, "tea", hits)
+
+    def count(hits):
+        prompt = rag.reading_prompt("Which tea?", [rag.plain(h.text) for h in hits])
+        return len(renderer.prompt([{"role": "user", "content": prompt}]))
+
+    _, hits = reader.prompt("Which tea?")
+    assert count(hits) > room and reader.ask("Which tea?").found
+    said, fitted = rag.read_hits(reader, "Which tea?", hits)
     assert isinstance(said, str) and room * 0.75 < count(fitted) <= room
     for hit, whole in zip(fitted, hits):
         assert whole.text.startswith(hit.text) and text[hit.start:hit.end] == hit.text
-    if reader.index.search("tea"):
-        assert reader.ask("tea?").found
 
 
 def test_where_nothing_fits_the_answer_is_quoted(tiny, tokenizer, library):
