@@ -67,8 +67,8 @@ def ask_command(
 # %% ../nbs/09_rag.ipynb #cli-index
 def index_command(
     sources: list[Path] = typer.Argument(help="Files and folders."),
-    to: Path = flag(None, help="Folder for the index; default: "
-                    ".minigpt-index in the (first) folder."),
+    to: Path = flag(None, help="Folder for the index; may be left out for one "
+                    "folder: .minigpt-index in it."),
     embedder: str = flag(None, help="Also make vectors: minigpt, or a model "
                          "of sentence-transformers."),
     size: int = flag(600, help="The most characters of a passage."),
@@ -84,7 +84,10 @@ def index_command(
     """
     from minigpt.rag import DOT, Index
     first = sources[0]
-    to = to or (first if first.is_dir() else first.parent) / DOT
+    if to is None and (len(sources) > 1 or first.is_file()):
+        raise ValueError("say where the index should go, --to FOLDER: only "
+                         "that of one whole folder has a place by itself")
+    to = to or first / DOT
     index = Index.build(sources if len(sources) > 1 else first, to,
                         embedder=embedder, size=size, overlap=overlap,
                         max_bytes=max_mb * 1_000_000)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['STOP', 'FAISS_FROM', 'KINDS', 'FORMAT', 'FILE', 'COURSE', 'THRESHOLD', 'NOT_SAID', 'DOT', 'idf', 'Numbers',
-           'count_words', 'best', 'BM25', 'build_bm25', 'stem', 'words', 'query_words', 'index_words', 'ModelEmbedder',
-           'mean_states', 'weights_hash', 'Dense', 'faiss_index', 'SentenceEmbedder', 'open_embedder', 'fuse', 'mmr',
-           'diverse', 'map_tensors', 'as_bytes', 'from_bytes', 'Records', 'save_index', 'open_index', 'Part',
-           'known_parts', 'reusable_parts', 'read_parts', 'embed_parts', 'seen_from', 'stamps', 'origin_of',
-           'sources_of', 'identity', 'same_embedder', 'Hit', 'Index', 'check_query', 'rank_passages', 'build_index',
-           'coverage', 'reading_prompt', 'plain', 'sentences', 'Citation', 'span', 'denies', 'cite_sentence', 'cite',
-           'Answer', 'quote', 'supported', 'RAG', 'read_prompt', 'shorten', 'open_documents', 'up_to_date']
+           'count_words', 'best', 'BM25', 'build_bm25', 'stem', 'raw_words', 'words', 'query_words', 'index_words',
+           'ModelEmbedder', 'mean_states', 'weights_hash', 'Dense', 'faiss_index', 'SentenceEmbedder', 'open_embedder',
+           'fuse', 'mmr', 'diverse', 'map_tensors', 'as_bytes', 'from_bytes', 'Records', 'replace_file', 'save_index',
+           'open_index', 'Part', 'known_parts', 'reusable_parts', 'read_parts', 'embed_parts', 'seen_from', 'stamps',
+           'origin_of', 'sources_of', 'identity', 'same_embedder', 'Hit', 'Index', 'check_query', 'rank_passages',
+           'build_index', 'coverage', 'reading_prompt', 'plain', 'sentences', 'Citation', 'span', 'denies',
+           'cite_sentence', 'cite', 'Answer', 'quote', 'supported', 'RAG', 'read_prompt', 'shorten', 'read_hits',
+           'holds_own', 'open_documents', 'up_to_date']
 
 # %% ../nbs/09_rag.ipynb #imports
 import hashlib
@@ -20,8 +21,10 @@ import math
 import os
 import re
 import secrets
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -183,9 +186,14 @@ def stem(word: str) -> str:
     return word[:-1] if word[-1] == "s" else word
 
 # %% ../nbs/09_rag.ipynb #words
+def raw_words(text: str) -> list[str]:
+    """The words of a text in lower case, the letters in one form (NFKC)."""
+    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower())
+
+
 def words(text: str) -> list[str]:
     """The words of a text as they are indexed: lower case, stems."""
-    return [stem(word) for word in re.findall(r"\w+", text.lower())]
+    return [stem(word) for word in raw_words(text)]
 
 # %% ../nbs/09_rag.ipynb #stop
 STOP = frozenset("""a about an and any are as at be been but by can could did
@@ -198,8 +206,7 @@ with would you your""".split())
 def query_words(text: str) -> list[str]:
     """The words of a question that say what it is about; all of them if
     there are no such words."""
-    kept = [stem(word) for word in re.findall(r"\w+", text.lower())
-            if word not in STOP]
+    kept = [stem(word) for word in raw_words(text) if word not in STOP]
     return kept or words(text)
 
 # %% ../nbs/09_rag.ipynb #index-words
@@ -399,10 +406,12 @@ def diverse(ranked: list[tuple[int, float]], passages: Sequence[Passage],
     """The k of `ranked` that `mmr` takes; alike are those that share many
     of their words (Jaccard)."""
     sets = [set(index_words(passages[n])) for n, _ in ranked]
-    alike = np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
+    alike = np.array([[len(a & b) / max(1, len(a | b)) for b in sets]
+                      for a in sets])
     top = ranked[0][1] if ranked else 1
-    taken = mmr([score / top for _, score in ranked], alike, k, balance)
-    return [ranked[i] for i in taken]
+    relevance = [score / top if top > 0 else 1 + score - top
+                 for _, score in ranked]
+    return [ranked[i] for i in mmr(relevance, alike, k, balance)]
 
 # %% ../nbs/09_rag.ipynb #map-tensors
 KINDS = {"F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
@@ -464,13 +473,32 @@ class Records(Sequence):
         begin = self.ends[n - 1] if n else 0
         return Passage(*from_bytes(self.data[begin:self.ends[n]]))
 
+# %% ../nbs/09_rag.ipynb #replace-file
+def replace_file(path: Path, tensors: dict[str, np.ndarray],
+                 metadata: dict[str, str]) -> None:
+    """Write a safetensors file as a whole or not at all; OSError if it
+    cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        aside.touch()
+        rights = aside.stat().st_mode
+        save_file(tensors, aside, metadata)
+        aside.chmod(rights)
+        os.replace(aside, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
 # %% ../nbs/09_rag.ipynb #save-index
 FORMAT, FILE = "minigpt-index-1", "index.safetensors"
 
 
 def save_index(index: "Index", folder: str | Path) -> None:
     """Write an index into a folder; FileExistsError if that is a file."""
-    from safetensors.numpy import save_file
     folder, bm25 = Path(folder), index.bm25
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder")
@@ -483,12 +511,7 @@ def save_index(index: "Index", folder: str | Path) -> None:
                 "sources": json.dumps(index.sources),
                 "origin": json.dumps(index.origin)}
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{FILE}.{secrets.token_hex(4)}.tmp"
-    try:
-        save_file(tensors, aside, metadata)
-        os.replace(aside, folder / FILE)
-    finally:
-        aside.unlink(missing_ok=True)
+    replace_file(folder / FILE, tensors, metadata)
 
 # %% ../nbs/09_rag.ipynb #open-index
 def open_index(folder: str | Path) -> "Index":
@@ -746,7 +769,7 @@ def check_query(query: str) -> str:
     """The question; TypeError or ValueError if there is no word in it."""
     if not isinstance(query, str):
         raise TypeError(f"a question is a str, got {type(query).__name__}")
-    if not re.search(r"\w", query):
+    if not words(query):
         raise ValueError(f"the question {query!r:.40} holds no word")
     return query
 
@@ -873,11 +896,11 @@ def denies(text: str) -> bool:
 def cite_sentence(sentence: str, hits: Sequence[Hit]) -> Citation | None:
     """The best span for one sentence, or None if no word is shared."""
     said = re.findall(r"\w+", sentence)
-    if not said:
+    meant, found = set(query_words(sentence)), None
+    if not said or not meant:
         return None
     exact = re.compile(r"\b" + r"\W+".join(map(re.escape, said)) + r"\b",
                        re.IGNORECASE)
-    meant, found = set(query_words(sentence)), None
     for number, hit in enumerate(hits, 1):
         units = sentences(hit.text)
         if match := exact.search(hit.text):
@@ -977,24 +1000,25 @@ class RAG:
 
     def ask(self, question: str) -> Answer:
         """Answer a question from the passages, or say that they don't."""
-        prompt, hits = self.prompt(question)
+        _, hits = self.prompt(question)
         sure = self.index.confidence(question)
         if not hits:
             return Answer(question, NOT_SAID, False, [], [], False, sure)
-        text = self.read(prompt)
-        found = cite(text, hits)
+        text, read = read_hits(self, question, hits)
+        found = cite(text, read)
         if supported(text, found):
-            return Answer(question, text, True, hits, found, False, sure)
+            return Answer(question, text, True, read, found, False, sure)
         text = quote(self.index, question, hits)
         return Answer(question, plain(text), True, hits, cite(text, hits),
                       True, sure)
 
-    def read(self, prompt: str) -> str:
-        """What the model says to a prompt, greedily."""
+    def read(self, prompt: str) -> str | None:
+        """What the model says to a prompt, greedily; None if the prompt is
+        too long for it."""
         return read_prompt(self, prompt)
 
 # %% ../nbs/09_rag.ipynb #read-prompt
-def read_prompt(rag: RAG, prompt: str) -> str:
+def read_prompt(rag: RAG, prompt: str) -> str | None:
     """What the model of a RAG says, see RAG.read."""
     from minigpt.chat import load_pair
     from minigpt.data import ChatRenderer
@@ -1005,6 +1029,9 @@ def read_prompt(rag: RAG, prompt: str) -> str:
     model, tokenizer = rag._pair
     renderer = ChatRenderer(tokenizer)
     ids = renderer.prompt([{"role": "user", "content": prompt}])
+    room = model.config.block_size - (rag.max_new_tokens or 1)
+    if 0 < room < len(ids):
+        return None
     drawn = generate(model, ids, temperature=0, decoder=rag._decoder,
                      max_new_tokens=rag.max_new_tokens,
                      stop_ids=sorted(renderer.stop_ids))
@@ -1016,30 +1043,57 @@ def shorten(hits: Sequence[Hit], max_chars: int) -> list[Hit]:
     kept, room = [], max_chars
     for hit in hits:
         if len(hit.text) > room and not kept:
-            text = hit.text[:room].rsplit(None, 1)[0]
+            text = hit.text[:room]
+            parts = text.rsplit(None, 1)
+            text = parts[0] if len(parts) == 2 else text
             hit = replace(hit, text=text, end=hit.start + len(text))
-        if len(hit.text) > room:
+        if len(hit.text) > room or not hit.text:
             break
         kept.append(hit)
         room -= len(hit.text)
     return kept
 
-# %% ../nbs/09_rag.ipynb #open-documents
+# %% ../nbs/09_rag.ipynb #read-hits
+def read_hits(rag: RAG, question: str, hits: Sequence[Hit]
+              ) -> tuple[str, list[Hit]]:
+    """What the model says to as much of the hits as it can read, and that
+    much of them; "" and [] if it can read nothing."""
+    room = sum(len(hit.text) for hit in hits)
+    while hits:
+        texts = [plain(hit.text) for hit in hits]
+        text = rag.read(reading_prompt(question, texts))
+        if text is not None:
+            return text, list(hits)
+        room = room * 9 // 10
+        hits = shorten(hits, room)
+    return "", []
+
+# %% ../nbs/09_rag.ipynb #holds-own
 DOT = ".minigpt-index"
 
 
+def holds_own(folder: Path) -> bool:
+    """Whether .minigpt-index in a folder is an index of just that folder."""
+    if not (folder / DOT / FILE).is_file():
+        return False
+    made = sources_of(Index.open(folder / DOT).origin, folder / DOT)
+    return len(made) == 1 and made[0].samefile(folder)
+
+# %% ../nbs/09_rag.ipynb #open-documents
 def open_documents(source=None) -> Index:
-    """An index of what is given: an Index, a folder that holds one (also
-    in a folder .minigpt-index), files and folders, or None: this course.
-    An index on disk whose documents have changed is made anew."""
+    """An index of what is given: an Index, a folder that holds one (its own
+    also in a folder .minigpt-index), files and folders, or None: this
+    course. An index on disk whose documents have changed is made anew."""
     if source is None:
         return Index.course()
     if isinstance(source, Index):
         return source
     if isinstance(source, (str, Path)):
-        for folder in (Path(source), Path(source) / DOT):
-            if (folder / FILE).is_file():
-                return up_to_date(folder)
+        source = Path(source)
+        if (source / FILE).is_file():
+            return up_to_date(source)
+        if holds_own(source):
+            return up_to_date(source / DOT)
     return Index.build(source)
 
 # %% ../nbs/09_rag.ipynb #up-to-date
@@ -1058,7 +1112,7 @@ def up_to_date(folder: Path) -> Index:
     one = sources[0] if len(sources) == 1 else sources
     try:
         index = Index.build(one, folder, **options)
-    except PermissionError:
+    except OSError:
         index = Index.build(one, **options)
     index.renewed = True
     return index
