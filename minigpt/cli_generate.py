@@ -2,11 +2,13 @@
 
 # %% auto #0
 __all__ = ['flag', 'EARLY', 'split_prompts', 'prompt_of', 'collect_prompts', 'draw_batches', 'draw_singly', 'draw_texts',
-           'as_row', 'write_rows', 'make_draft', 'make_constraint', 'register', 'generate_command', 'check_flags',
-           'with_texts', 'encode_prompts']
+           'as_row', 'check_output', 'print_rows', 'write_rows', 'make_draft', 'make_constraint', 'register',
+           'generate_command', 'check_flags', 'with_texts', 'encode_prompts']
 
 # %% ../nbs/05_generation.ipynb #cli-imports
+import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,11 +28,11 @@ def split_prompts(data: bytes, name: str) -> list[str]:
         raise ValueError(f"{name} is not valid UTF-8: byte "
                          f"0x{data[error.start]:02x} at position "
                          f"{error.start}; convert it first") from None
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines or not (name.endswith(".jsonl") or lines[0][0] == "{"):
-        return lines
-    return [prompt_of(line, f"{name}, line {i}")
-            for i, line in enumerate(lines, 1)]
+    every = enumerate(re.split(r"\r\n|\r|\n", text), 1)
+    lines = [(i, line) for i, line in every if line.strip()]
+    if lines and (name.endswith(".jsonl") or lines[0][1][0] == "{"):
+        return [prompt_of(line, f"{name}, line {i}") for i, line in lines]
+    return [line for _, line in lines]
 
 # %% ../nbs/05_generation.ipynb #promptof
 def prompt_of(line: str, where: str) -> str:
@@ -122,17 +124,30 @@ def draw_texts(decoder, rows: list[list[int]], options, *, beams=None,
 # %% ../nbs/05_generation.ipynb #asrow
 def as_row(prompt: str, text, tokenizer, stop_strings: Sequence[str]) -> dict:
     """One result as a JSON object; `text` is a Generation."""
-    from minigpt.generation import TextStream
-    pieces = TextStream(tokenizer, iter(text.ids), stop_strings)
-    said = "".join(pieces)
-    stopped = len(said) < len(tokenizer.decode(text.ids)) and stop_strings
-    row = {"prompt": prompt, "text": said, "tokens": len(text.ids),
-           "finish_reason": "stop" if stopped else text.finish_reason}
+    from minigpt.generation import TextStream, TokenStream
+    tokens = TokenStream(((0, token) for token in text.ids), text)
+    pieces = TextStream(tokenizer, tokens, stop_strings)
+    row = {"prompt": prompt, "text": "".join(pieces),
+           "tokens": len(text.ids), "finish_reason": pieces.finish_reason}
     if text.score is not None:
         row["score"] = round(text.score, 4)
     else:
         row["logprob"] = round(sum(text.logprobs), 4)
     return row
+
+# %% ../nbs/05_generation.ipynb #checkoutput
+def check_output(output: Path | None, overwrite: bool) -> None:
+    """Raise FileExistsError for a file that exists, unless `overwrite`."""
+    if output is not None and output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists: choose another name, or "
+                              "give --overwrite")
+
+# %% ../nbs/05_generation.ipynb #printrows
+def print_rows(rows: Iterable[dict], file, plain: bool) -> None:
+    """Write each result at once: its text if `plain`, or all as JSON."""
+    for row in rows:
+        line = row["text"] if plain else json.dumps(row, ensure_ascii=False)
+        print(line, file=file, flush=True)
 
 # %% ../nbs/05_generation.ipynb #writerows
 def write_rows(rows: Iterable[dict], output: Path | None, plain: bool,
@@ -140,32 +155,36 @@ def write_rows(rows: Iterable[dict], output: Path | None, plain: bool,
     """Write results as they come, to a file or to standard output.
 
     plain: the texts alone, one after the other, instead of JSON lines.
+    overwrite: replace a file that exists, once all is written; until then
+    it is kept and the results are in a file NAME.part beside it.
     Raises FileExistsError for a file that exists, unless `overwrite`.
     """
-    if output is not None and output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists: choose another name, or "
-                              "give --overwrite")
-    file = sys.stdout if output is None else open(output, "w",
-                                                  encoding="utf-8")
-    try:
-        for row in rows:
-            line = row["text"] if plain else json.dumps(row,
-                                                        ensure_ascii=False)
-            print(line, file=file, flush=True)
-    finally:
-        if file is not sys.stdout:
-            file.close()
+    if output is None:
+        return print_rows(rows, sys.stdout, plain)
+    check_output(output, overwrite)
+    rows = iter(rows)
+    first = list(itertools.islice(rows, 1))    # drawn before any file opens
+    target, replaces = output.resolve(), output.is_file()
+    part = target.with_name(target.name + ".part") if replaces else target
+    with open(part, "w", encoding="utf-8") as file:
+        print_rows(itertools.chain(first, rows), file, plain)
+    if replaces:
+        part.replace(target)
 
 # %% ../nbs/05_generation.ipynb #makedraft
-def make_draft(name: str | None, options, tokenizer):
-    """None, an NGramDraft for "ngram" or "bundled", else a ModelDraft."""
+def make_draft(name: str | None, options, tokenizer, device="cpu"):
+    """None, an NGramDraft for "ngram" or "bundled", else a ModelDraft.
+
+    device: where a model goes, best where the one it guesses for is.
+    """
     from minigpt.data import ChatRenderer, load_chats, load_text
     from minigpt.generation import ModelDraft, NGramDraft
     from minigpt.gpt2 import GPT2
     if name is None:
         return None
     if name not in ("ngram", "bundled"):
-        return ModelDraft(GPT2.from_pretrained(name), options)
+        return ModelDraft(GPT2.from_pretrained(name, device=device),
+                          options)
     read = []
     if name == "bundled":
         renderer = ChatRenderer(tokenizer)
@@ -202,7 +221,8 @@ def generate_command(
     file: Path = flag(None, help="Prompts, one a line; or .jsonl, where each "
                       "line has a prompt."),
     output: Path = flag(None, help="Write JSON lines to this file."),
-    overwrite: bool = flag(False, "--overwrite", help="Replace that file."),
+    overwrite: bool = flag(False, "--overwrite", help="Replace that file, "
+                           "once all is drawn."),
     format: str = flag("jsonl", help="jsonl, or text: what was drawn."),
     model: str = flag(None, help="Folder or hub name; default: the model "
                       "that ships."),
@@ -257,11 +277,12 @@ def generate_command(
     Each result is one line of JSON: prompt, text, tokens, finish_reason
     (stop or length) and logprob (or score, for beams).
     """
+    check_output(output, overwrite)
     texts = collect_prompts(prompts, file)
     check_flags(format, num_beams, penalty_alpha, draft, num_return,
                 batch_size, guesses, early_stopping)
     from minigpt.chat import load_pair
-    from minigpt.generation import BeamOptions, Decoder, Options
+    from minigpt.generation import BeamOptions, Decoder, Options, fit
     from minigpt.gpt2 import pick_device
     options = Options(
         max_new_tokens, 0.0 if greedy else temperature, top_k, top_p, min_p,
@@ -274,11 +295,13 @@ def generate_command(
     options = with_texts(options, tokenizer, ban, begin, ignore_end, regex,
                          choice, stop)
     rows = encode_prompts(texts, tokenizer, chat)
-    decoder = Decoder(gpt.to(pick_device(device)), "int8" if int8 else "fast")
+    fit(rows, options, gpt.config.block_size)  # errors now, not halfway
+    place = pick_device(device)
+    decoder = Decoder(gpt.to(place), "int8" if int8 else "fast")
     drawn = draw_texts(decoder, rows, options, beams=beams,
                        num_return=num_return, batch_size=batch_size,
                        penalty_alpha=penalty_alpha, guesses=guesses,
-                       draft=make_draft(draft, options, tokenizer))
+                       draft=make_draft(draft, options, tokenizer, place))
     write_rows((as_row(texts[i], text, tokenizer, stop) for i, text in drawn),
                output, format == "text", overwrite)
 

@@ -6,15 +6,16 @@
 __all__ = ['Ids', 'Processor', 'Strategy', 'Draft', 'NOTHING', 'EMPTY', 'CLASSES', 'ASCII', 'check_token', 'pick', 'check',
            'Temperature', 'TopK', 'TopP', 'MinP', 'Typical', 'RepetitionPenalty', 'count_new', 'PresencePenalty',
            'FrequencyPenalty', 'NoRepeatNGram', 'BannedTokens', 'BannedWords', 'ForcedTokens', 'Options', 'chain',
-           'check_options', 'apply', 'has_onednn', 'FastLinear', 'Int8Linear', 'linear_function', 'product_function',
-           'norm_function', 'Layer', 'read_layer', 'shared_prefix', 'follow', 'Decoder', 'look_up', 'new_cache', 'read',
-           'start', 'feed', 'Move', 'run', 'Generation', 'row_seeds', 'pick_best', 'token_logprobs', 'Sample',
-           'as_prompts', 'fit', 'TokenStream', 'stream_options', 'generate_options', 'generate', 'stream', 'waiting',
-           'TextStream', 'stream_text', 'generate_text', 'StopStrings', 'BeamGroup', 'BeamOptions', 'extend_beams',
-           'may_improve', 'BeamSearch', 'beams_of', 'beam_search', 'Contrastive', 'contrastive_search', 'judge',
-           'ModelDraft', 'as_chances', 'NGramDraft', 'runs', 'Speculative', 'speculate', 'sequence', 'choice',
-           'literal', 'may_end', 'derive', 'parse_escape', 'any_character', 'parse_class', 'parse_repeat', 'parse_atom',
-           'parse_choice', 'parse_regex', 'build_trie', 'allowed_tokens', 'RegexConstraint', 'choice_constraint']
+           'check_options', 'apply', 'has_onednn', 'FastLinear', 'int8_engine', 'Int8Linear', 'linear_function',
+           'product_function', 'norm_function', 'Layer', 'read_layer', 'shared_prefix', 'follow', 'Decoder', 'look_up',
+           'new_cache', 'read', 'start', 'feed', 'Move', 'run', 'Generation', 'row_seeds', 'pick_best',
+           'token_logprobs', 'Sample', 'as_prompts', 'fit', 'TokenStream', 'stream_options', 'generate_options',
+           'generate', 'stream', 'waiting', 'TextStream', 'stream_text', 'generate_text', 'StopStrings', 'BeamGroup',
+           'BeamOptions', 'extend_beams', 'may_improve', 'BeamSearch', 'beams_of', 'beam_search', 'Contrastive',
+           'contrastive_search', 'judge', 'ModelDraft', 'as_chances', 'NGramDraft', 'runs', 'Speculative', 'speculate',
+           'sequence', 'choice', 'literal', 'may_end', 'derive', 'parse_escape', 'any_character', 'parse_member',
+           'parse_class', 'check_range', 'parse_repeat', 'parse_atom', 'parse_choice', 'parse_regex', 'build_trie',
+           'allowed_tokens', 'RegexConstraint', 'choice_constraint']
 
 # %% ../nbs/05_generation.ipynb #imports
 import random
@@ -23,7 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Event
 
 import torch
@@ -381,12 +382,27 @@ class FastLinear:
         multiply = torch.ops.mkldnn._linear_pointwise.default
         return multiply(x, self.blocks, self.bias, "none", [], "")
 
+# %% ../nbs/05_generation.ipynb #int8engine
+def int8_engine(chosen: str, supported: Sequence[str]) -> str:
+    """The name of torch's int8 products: `chosen`, or qnnpack if it is "none".
+
+    Raises ValueError if this torch has neither.
+    """
+    names = [name for name in (chosen, "qnnpack")
+             if name in supported and name != "none"]
+    check(len(names) > 0, "weights", "int8", "'fast' or 'live' here: this "
+          "torch has no int8 products")
+    return names[0]
+
 # %% ../nbs/05_generation.ipynb #int8linear
 class Int8Linear:
     """x -> x weight^T + bias with int8 weights, a scale a row; x is rounded
-    to int8 on the fly. CPU only."""
+    to int8 on the fly. CPU only. The result has the dtype of x."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
+        engines = torch.backends.quantized
+        engines.engine = int8_engine(engines.engine,
+                                     engines.supported_engines)
         weight = weight.detach().float()
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).double()
         zeros = torch.zeros_like(scale, dtype=torch.long)
@@ -399,7 +415,7 @@ class Int8Linear:
         self.multiply = torch.ops.quantized.linear_dynamic.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.multiply(x.float(), self.packed, False)
+        return self.multiply(x.float(), self.packed, False).to(x.dtype)
 
 # %% ../nbs/05_generation.ipynb #lookup
 def linear_function(linear: nn.Module, weights: str) -> Callable:
@@ -492,8 +508,8 @@ class Decoder:
     weights: "fast" copies them into quicker layouts (a snapshot: make a new
     decoder after training), "int8" also rounds (CPU), "live" uses the
     model's own as they are at each start. Keep one over several calls and
-    it reads only what is new. `hidden` is the last layer's output (B, T, C)
-    for the tokens read last.
+    it reads only what is new ("live" reads all). `hidden` is the last
+    layer's output (B, T, C) for the tokens read last.
     """
 
     def __init__(self, model: GPT2, weights: str = "fast"):
@@ -562,9 +578,11 @@ def start(decoder: Decoder, prompts: list[list[int]], room: int) -> Tensor:
     """See Decoder.start."""
     if decoder.weights == "live":
         look_up(decoder)
+        decoder.ids = []                       # old weights read them
     longest, size = max(map(len, prompts)), decoder.config.block_size
     same = 0
-    if len(prompts) == len(decoder.ids) == 1:
+    alone = len(prompts) == len(decoder.ids) == 1
+    if alone and decoder.cache.pad is None:
         same = min(shared_prefix(decoder.ids[0], prompts[0]), longest - 1)
     if same and decoder.cache.k.shape[3] == size:
         decoder.cache.truncate(same)
@@ -1255,16 +1273,26 @@ class ModelDraft:
         self.decoder, self.options = Decoder(model), options or Options()
         self.chain = chain(self.options)
 
-    def __call__(self, ids: list[int], count: int, rng: random.Random
+    def __call__(self, ids: list[int], count: int, rng: random.Random,
+                 prompt: int | None = None
                  ) -> tuple[list[int], list[Tensor]]:
-        """`count` guesses after ids, and the chances (V,) of each draw."""
+        """Up to `count` guesses after ids; the chances (V,) of each draw.
+
+        prompt: how many of the ids are the prompt's (all, unless given).
+        """
         guesses, chances = [], []
-        for i in range(count):
+        step = 0 if prompt is None else len(ids) - prompt
+        room = self.decoder.config.block_size - len(ids) + 1
+        for i in range(min(count, room)):
             logits = (self.decoder.feed([guesses[-1:]]) if i
                       else self.decoder.start([ids]))[:, -1]
-            logits = apply(self.chain, [ids + guesses], logits, i)
+            logits = apply(self.chain, [ids + guesses], logits, step + i)
+            if logits.max() == -torch.inf:
+                break                          # no token is left
             chances.append(as_chances(logits, self.options.temperature)[0])
             guesses += pick(chances[-1].log()[None], [rng])
+            if guesses[-1] in self.options.stop_ids:
+                break
         return guesses, chances
 
 # %% ../nbs/05_generation.ipynb #aschances
@@ -1385,6 +1413,8 @@ def speculate(model: GPT2, draft: GPT2 | Draft, ids: Sequence[int] | Tensor,
         draft = ModelDraft(draft, options)
     rows, _ = as_prompts(ids, model.config.vocab_size)
     rows, limit = fit(rows[:1], options, model.config.block_size)
+    if isinstance(draft, ModelDraft):
+        draft = partial(draft, prompt=len(rows[0]))
     result = Generation()
     strategy = Speculative(rows[0], options, limit, result, draft, guesses)
     decoder = decoder or Decoder(model)
@@ -1480,32 +1510,46 @@ def any_character(ascii_part: frozenset) -> tuple:
             for form in forms]
     return choice(("set", ascii_part), *wide)
 
+# %% ../nbs/05_generation.ipynb #member
+def parse_member(text: str, i: int) -> tuple[str, int]:
+    """The character at position i of a class; all those of \\d, \\s, \\w."""
+    if text[i] != "\\":
+        return text[i], i + 1
+    parse_escape(text, i + 1)                  # an error if it is none
+    letter = text[i + 1]
+    if letter not in CLASSES:
+        return letter, i + 2
+    return "".join(map(chr, sorted(CLASSES[letter]))), i + 2
+
 # %% ../nbs/05_generation.ipynb #class
 def parse_class(text: str, i: int) -> tuple[tuple, int]:
     """The inside of [...] from position i, ranges and escapes included."""
-    begin, negated = i, text.startswith("^", i)
-    i, chars, wide = i + negated, set(), []
-    while i < len(text) and (text[i] != "]" or i == begin + negated):
-        escaped = text[i] == "\\"
-        i += escaped
-        low = text[i:i + 1]
-        if escaped and low in CLASSES:
-            chars, i = chars | CLASSES[low], i + 1
-            continue
-        high, i = low, i + 1
-        if text.startswith("-", i) and text[i + 1:i + 2] not in ("", "]"):
-            high, i = text[i + 1], i + 2
-        if not low <= high or ord(high) - ord(low) > 2000:
-            raise ValueError(f"regex {text!r}: bad range {low}-{high}")
-        for code in range(ord(low), ord(high) + 1):
-            chars.add(code) if code < 128 else wide.append(chr(code))
-    if i == len(text) or negated and wide:
-        raise ValueError(f"regex {text!r}: a class is never closed" if i ==
-                         len(text) else f"regex {text!r}: only ASCII can be "
-                         "excluded by [^...]")
+    negated, chars = text.startswith("^", i), []
+    i = first = i + negated
+    while i < len(text) and (text[i] != "]" or i == first):
+        low, i = parse_member(text, i)
+        ranged = text.startswith("-", i) and text[i + 1:i + 2] not in ("", "]")
+        if len(low) == 1 and ranged:
+            high, i = parse_member(text, i + 1)
+            check_range(text, low, high)
+            low = map(chr, range(ord(low), ord(high) + 1))
+        chars += low
+    ascii_part = frozenset(ord(c) for c in chars if c.isascii())
+    wide = [literal(c) for c in chars if not c.isascii()]
+    if i == len(text):
+        raise ValueError(f"regex {text!r}: a class is never closed")
+    if negated and wide:
+        raise ValueError(f"regex {text!r}: only ASCII can be excluded by "
+                         "[^...]")
     if negated:
-        return any_character(ASCII - chars), i + 1
-    return choice(("set", frozenset(chars)), *map(literal, wide)), i + 1
+        return any_character(ASCII - ascii_part), i + 1
+    return choice(("set", ascii_part), *wide), i + 1
+
+# %% ../nbs/05_generation.ipynb #checkrange
+def check_range(text: str, low: str, high: str) -> None:
+    """Raise ValueError unless low-high is a range of characters."""
+    if len(high) > 1 or not low <= high or ord(high) - ord(low) > 2000:
+        raise ValueError(f"regex {text!r}: bad range {low}-{high}")
 
 # %% ../nbs/05_generation.ipynb #repeat
 def parse_repeat(text: str, i: int, part: tuple) -> tuple[tuple, int]:

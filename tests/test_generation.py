@@ -236,6 +236,52 @@ def test_bfloat16_and_int8_stay_near():
         assert 0 < (got - want).norm() / want.norm() < bound
 
 
+def test_int8_weights_of_a_bfloat16_model():
+    model = tiny(n_embd=64, vocab_size=90)
+    want = model(torch.tensor([[3, 1, 4, 1]]))[0, -1]
+    decoder = g.Decoder(copy.deepcopy(model).bfloat16(), "int8")
+    decoder.start([[3, 1]])
+    got = decoder.feed([[4, 1]])[0, -1]
+    assert got.dtype == torch.bfloat16 and 0 < (got.float() - want).norm() / want.norm() < 0.08
+
+
+class Unchosen:
+    """torch.backends.quantized as on Apple Silicon: qnnpack is there but not chosen; what is set goes to the real one."""
+
+    supported_engines, real, chosen = ["qnnpack", "none"], torch.backends.quantized, "none"
+    engine = property(lambda self: self.chosen)
+
+    @engine.setter
+    def engine(self, name):
+        self.chosen = self.real.engine = name
+
+
+def test_int8_where_torch_has_chosen_no_engine(monkeypatch):
+    real = torch.backends.quantized
+    if "qnnpack" not in real.supported_engines:
+        pytest.skip("this torch has no qnnpack")
+    before, x, weight, ours = real.engine, torch.randn(2, 16), torch.randn(8, 16), Unchosen()
+    monkeypatch.setattr(torch.backends, "quantized", ours)
+    try:
+        got = g.Int8Linear(weight, None)(x)
+        assert ours.engine == real.engine == "qnnpack"
+    finally:
+        real.engine = before
+    want = x @ weight.T
+    assert 0 < (got - want).norm() / want.norm() < 0.05
+    ours.chosen, ours.supported_engines = "none", ["none"]
+    with pytest.raises(ValueError, match="weights='int8'"):
+        g.Decoder(tiny(), "int8")
+
+
+def test_int8_engine():
+    assert g.int8_engine("fbgemm", ["qnnpack", "none", "fbgemm"]) == "fbgemm"
+    assert g.int8_engine("none", ["qnnpack", "none"]) == "qnnpack"
+    with pytest.raises(ValueError, match="weights='int8'") as error:
+        g.int8_engine("none", ["none"])
+    assert "\n" not in str(error.value)
+
+
 def test_live_weights_are_live_and_fast_ones_a_snapshot():
     model = tiny()
     live, fast = g.Decoder(model, "live"), g.Decoder(model)
@@ -247,6 +293,26 @@ def test_live_weights_are_live_and_fast_ones_a_snapshot():
     after = [d.start([[1, 2]])[0, 0] for d in (live, fast)]
     assert not torch.allclose(before[0], after[0], atol=1e-3)
     assert torch.allclose(after[0], model(torch.tensor([[1, 2]]))[0, -1], atol=1e-4)
+
+
+def test_live_weights_keep_no_columns_of_old_ones():
+    model = tiny()
+    decoder = g.Decoder(model, "live")
+    decoder.start([[1, 2, 3]])
+    with torch.no_grad():
+        model.blocks[0].mlp.c_fc.weight.mul_(2)
+    got = decoder.start([[1, 2, 3, 4]])[0, 0]
+    assert torch.allclose(got, model(torch.tensor([[1, 2, 3, 4]]))[0, -1], atol=1e-4)
+
+
+def test_a_padded_row_is_not_gone_on_from():
+    """A batch that shrank to its shorter prompt, in a cache as long as the context."""
+    model = tiny()
+    decoder = g.Decoder(model)
+    decoder.start([[1, 2, 3, 4, 5], [6, 7]], room=32)
+    decoder.feed([[8]], rows=[1])
+    got = decoder.start([[6, 7, 8, 9]])[0, 0]
+    assert torch.allclose(got, model(torch.tensor([[6, 7, 8, 9]]))[0, -1], atol=1e-4)
 
 
 @pytest.mark.parametrize("rows, shared", [([0, 1, 2, 3], 0), ([3, 3, 1, 0], 2), ([1, 0], 0), ([2, 2, 2, 2, 0, 1], 0)])
@@ -264,8 +330,8 @@ def test_cache_rows_follow(rows, shared):
 
 def test_conversation_reads_only_what_is_new():
     model, reads = tiny(), []
-    decoder = g.Decoder(model, "live")
     model.blocks[0].attn.c_attn.register_forward_hook(lambda module, args, out: reads.append(args[0].shape[1]))
+    decoder = g.Decoder(model)
     first = g.generate(model, [1, 2, 3, 4], max_new_tokens=3, temperature=0, decoder=decoder)
     reads.clear()
     follow_up = [1, 2, 3, 4, *first.ids, 9, 8]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from minigpt import cli, cli_generate
 from minigpt.bpe import BPETokenizer
-from minigpt.generation import Decoder, beam_search, generate
+from minigpt.generation import Decoder, Generation, beam_search, generate
 from minigpt.gpt2 import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +87,61 @@ def test_several_texts_to_a_file(folder, tmp_path):
     assert "--overwrite" in errors and out.read_bytes() == before
 
 
+def test_a_bad_prompt_among_good_ones_writes_nothing(folder, tmp_path):
+    out, flags = tmp_path / "out.jsonl", ["--model", folder, "--max-new-tokens", 4, "--batch-size", 1, "--output"]
+    _, errors = run("One day", "word " * 80, *flags, out, code=2)
+    assert "exceed the context of 64" in errors and not out.exists()
+    out.write_text("old", encoding="utf-8")
+    run("One day", "word " * 80, *flags, out, "--overwrite", code=2)
+    run("One day", *flags, out, "--overwrite", "--penalty-alpha", 3, code=2)
+    assert out.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["out.jsonl"]
+    run("One day", *flags, out, "--overwrite")
+    assert json.loads(out.read_text(encoding="utf-8"))["prompt"] == "One day" and os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_an_interrupted_overwrite_keeps_the_old_file(tmp_path):
+    def interrupted():
+        yield {"text": "first"}
+        raise KeyboardInterrupt
+
+    old, link = tmp_path / "old.txt", tmp_path / "link.txt"
+    old.write_text("old", encoding="utf-8")
+    link.symlink_to(old)
+    with pytest.raises(KeyboardInterrupt):
+        cli_generate.write_rows(interrupted(), link, True, overwrite=True)
+    assert old.read_text(encoding="utf-8") == "old"
+    assert (tmp_path / "old.txt.part").read_text(encoding="utf-8") == "first\n"
+    cli_generate.write_rows([{"text": "a"}, {"text": "b"}], link, True, overwrite=True)
+    assert link.is_symlink() and old.read_text(encoding="utf-8") == "a\nb\n"
+    assert sorted(os.listdir(tmp_path)) == ["link.txt", "old.txt"]
+
+
+def test_half_a_character_at_the_limit_is_no_stop():
+    tokenizer = BPETokenizer.from_pretrained()
+    ids = tokenizer.encode("Yes 😀")
+    assert tokenizer.decode(ids[:-1]).endswith("\ufffd")
+    row = cli_generate.as_row("?", Generation(ids[:-1], [-1.0] * 3, "length"), tokenizer, ["nothing"])
+    assert row["text"] == "Yes " and row["finish_reason"] == "length"
+    for stop, reason in ((["es"], "stop"), ([], "length")):
+        assert cli_generate.as_row("?", Generation(ids, [], "length"), tokenizer, stop)["finish_reason"] == reason
+    assert cli_generate.as_row("?", Generation(ids, [], "stop"), tokenizer, ["no"])["finish_reason"] == "stop"
+
+
+def test_lines_of_prompts():
+    odd = "One\u2028two\x0cthree\x85four"
+    data = "\n".join(["", json.dumps({"prompt": odd}, ensure_ascii=False), "", '{"prompt": "five"}\r', ""]).encode()
+    assert cli_generate.split_prompts(data, "a.jsonl") == [odd, "five"]
+    assert cli_generate.split_prompts((odd + "\r\nfive\rsix\n").encode(), "the pipe") == [odd, "five", "six"]
+    with pytest.raises(ValueError, match="a.jsonl, line 5: "):
+        cli_generate.split_prompts(data + b'{"text": 1}', "a.jsonl")
+
+
+def test_a_draft_goes_where_the_model_is(folder, small):
+    from minigpt.generation import Options
+    draft = cli_generate.make_draft(str(folder), Options(), small[1], "meta")
+    assert draft.decoder.model.device.type == "meta"
+
+
 def test_every_strategy(folder, small):
     model, tokenizer = small
     flags = ["One day", "--model", folder, "--max-new-tokens", 6]
@@ -128,7 +183,7 @@ def test_a_chat_and_a_stop_string_through_a_pipe():
     (["x", "--file", "nowhere.txt"], b"", "nowhere.txt"), (["x", "--model", "nowhere"], b"", "nowhere"),
     (["word " * 80], b"", "exceed the context of 64"), (["x", "--max-new-tokens", "99"], b"", "exceed the context of 64"),
     (["x", "--overflow", "wrap"], b"", "overflow='wrap'"), (["x", "--num-return", "0"], b"", "--num-return 0"),
-    (["x", "--penalty-alpha", "3"], b"", "penalty_alpha=3"), (["x", "--guesses", "0"], b"", "--guesses 0"),
+    (["x", "--penalty-alpha", "3", "--max-new-tokens", "4"], b"", "penalty_alpha=3"), (["x", "--guesses", "0"], b"", "--guesses 0"),
     (["x", "--early-stopping", "soon"], b"", "--early-stopping 'soon'")])
 def test_errors_are_one_line(folder, arguments, data, message):
     if "--model" not in arguments:

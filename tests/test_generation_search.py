@@ -201,6 +201,52 @@ def test_speculation_on_the_shipped_model(model, prompts):  # noqa: F811
             model, ids, options, decoder).ids
 
 
+@pytest.mark.parametrize("size", [3, 12, 31])
+def test_a_draft_with_a_smaller_context(size):
+    model, draft = tiny(), tiny(9, block_size=size)  # noqa: F811
+    options = g.Options(temperature=0, max_new_tokens=20)
+    want = g.generate_options(model, [5, 6, 7, 8], options)
+    assert list(g.speculate(model, draft, [5, 6, 7, 8], options)) == want.ids
+
+
+def in_turn(order):
+    """A processor that allows order[step] alone, and nothing at all afterwards."""
+    def only(ids, logits, step):
+        allowed = order[step:step + 1]
+        return logits.index_fill(-1, torch.tensor([i for i in range(50) if i not in allowed]), -torch.inf)
+    return only
+
+
+def test_a_draft_counts_new_tokens_as_the_model_does():
+    model = tiny()  # noqa: F811
+    options = g.Options(temperature=0, max_new_tokens=9, processors=[in_turn([3, 1, 4, 1, 5, 9, 2, 6, 5])])
+    tokens = g.speculate(model, model, [7, 8], options, guesses=3)
+    assert list(tokens) == [3, 1, 4, 1, 5, 9, 2, 6, 5]
+    assert tokens.result.steps == 3  # one token, then twice three right guesses and one for free
+    draft = g.ModelDraft(model, options)
+    for prompt in ([7], [2, 2, 2, 2]):  # one draft for prompts of several lengths
+        assert g.speculate(model, draft, prompt, options, guesses=3).result.steps == 0
+        tokens = g.speculate(model, draft, prompt, options, guesses=3)
+        assert len(list(tokens)) == 9 and tokens.result.steps == 3
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_draft_ends_where_the_text_does(temperature):
+    model = tiny()  # noqa: F811
+    options = g.Options(temperature=temperature, max_new_tokens=9, stop_ids=[0], processors=[in_turn([3, 4, 0])])
+    tokens = g.speculate(model, model, [7, 8], options)
+    assert list(tokens) == [3, 4] and tokens.finish_reason == "stop"
+    assert g.ModelDraft(model, options)([7, 8], 5, random.Random(0))[0] == [3, 4, 0]
+
+
+def test_a_dead_end_of_the_draft_alone():
+    model, options = tiny(), g.Options(temperature=0, max_new_tokens=9)  # noqa: F811
+    want = g.generate_options(model, [7, 8], options)
+    lost = g.ModelDraft(model, g.replace(options, processors=[in_turn(want.ids[:4])]))
+    assert list(g.speculate(model, lost, [7, 8], options)) == want.ids
+    assert lost([7, 8], 6, random.Random(0))[0] == want.ids[:4]
+
+
 def chi_square(counts, expected):
     """Pearson's statistic over cells with five or more expected, the others as one; and its degrees of freedom."""
     big = [cell for cell, value in expected.items() if value >= 5]
@@ -286,7 +332,18 @@ def test_regex_equals_pythons():
     assert min(seen.values()) > 200
 
 
-@pytest.mark.parametrize("pattern", ["(", ")", "a)", "[", "[]", "[b-a]", "*", "a**b{", "^a", "a$", r"\b", r"\1", "a{2,1}",
+@pytest.mark.parametrize("pattern", [r"[.-\/]", r"[!-\]]", r"[\[-\]]", r"[\t-\n]", r"[\\-a]", r"[+\-a]", r"[]-a]", r"[^!-\]]",
+                                     r"[\d\-a]", "[--/]", "[a-]", r"[\^-`]", r"[\–a]",
+                                     r"[~-\§]"])
+def test_classes_equal_pythons(pattern):
+    for c in [*map(chr, range(128)), "é", "–", "§"]:
+        state = g.parse_regex(pattern)
+        for byte in c.encode():
+            state = g.derive(state, byte)
+        assert g.may_end(state) == (re.fullmatch(pattern, c) is not None), (pattern, c)
+
+
+@pytest.mark.parametrize("pattern", ["[\\", r"[a-\d]", r"[a-\\", r"[\b]", r"[\]", r"[a-\q]", "(", ")", "a)", "[", "[]", "[b-a]", "*", "a**b{", "^a", "a$", r"\b", r"\1", "a{2,1}",
                                      "a{2000}", "[^é]", "\\", "(?=a)", "{"])
 def test_bad_patterns(pattern, tokenizer):  # noqa: F811
     if pattern == "a**b{":
