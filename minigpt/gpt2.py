@@ -8,8 +8,9 @@ __all__ = ['PRESETS', 'ACTIVATIONS', 'HF_FIELDS', 'SHIPPED', 'HUB_NAMES', 'TAPS'
            'check_ids', 'GPT2Core', 'KVCache', 'count_parts', 'Memory', 'estimate_memory', 'config_from_hf',
            'config_to_hf', 'find_model', 'download_model', 'read_config', 'weight_files', 'read_tensors', 'our_name',
            'is_conv1d', 'quantize_rows', 'dequantize_rows', 'read_weights', 'check_weights', 'GPT2', 'hf_weights',
-           'int8_weights', 'model_card', 'generation_config', 'write_json', 'write_tensors', 'write_aside',
-           'save_model', 'save_int8', 'trace_names', 'match_names', 'hook_up', 'trace', 'logit_lens', 'plot_lens']
+           'int8_weights', 'model_card', 'generation_config', 'write_json', 'write_tensors', 'swap_files',
+           'write_aside', 'save_model', 'save_int8', 'trace_names', 'match_names', 'hook_up', 'trace', 'logit_lens',
+           'plot_lens']
 
 # %% ../nbs/03_gpt2.ipynb #imports
 import difflib
@@ -693,7 +694,9 @@ def read_weights(folder: Path, config: GPT2Config,
                 tensor = dequantize_rows(tensor, tensors[f"{key}.scale"])
             if not ours and is_conv1d(name):
                 tensor = tensor.t()
-            weights[name] = tensor.to(dtype).contiguous()
+            tensor = tensor.to(dtype).contiguous()
+            of_file = tensor.data_ptr() == tensors[key].data_ptr()
+            weights[name] = tensor.clone() if of_file else tensor
     head = weights.pop("lm_head.weight", None)
     check_weights(folder, weights, config)
     if head is not None and not torch.equal(head, weights["wte.weight"]):
@@ -844,13 +847,35 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], form: str
               metadata={"format": form})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
+# %% ../nbs/03_gpt2.ipynb #swapfiles
+def swap_files(source: Path, folder: Path, old: Path) -> None:
+    """Move the files of `source` into `folder`, weights last; before that,
+    files of the same names to `old`. An error puts all of them back."""
+    names = sorted((path.name for path in source.iterdir() if path.is_file()),
+                   key=lambda name: (name.endswith(".safetensors"), name))
+    there = [name for name in names[::-1] if (folder / name).exists()]
+    try:
+        for name in there:
+            os.replace(folder / name, old / name)
+        for name in names:
+            os.replace(source / name, folder / name)
+    except BaseException:
+        for name in names:
+            if name not in there:
+                (folder / name).unlink(missing_ok=True)
+            elif (old / name).exists():
+                os.replace(old / name, folder / name)
+        raise
+
 # %% ../nbs/03_gpt2.ipynb #writeaside
 def write_aside(folder: str | Path, write: Callable[[Path], None],
                 overwrite: bool = False) -> None:
     """Let `write` fill a folder beside `folder`, then move its files there.
 
-    A stop half-way leaves what was there. Raises FileExistsError if a file
-    would be replaced, unless `overwrite`; a README.md is always left alone.
+    An error or Ctrl-C leaves what was there; a kill while the files are
+    moved can leave a folder without weights, see swap_files(). Raises
+    FileExistsError if a file would be replaced, unless `overwrite`; a
+    README.md is always left alone.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -859,15 +884,16 @@ def write_aside(folder: str | Path, write: Callable[[Path], None],
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-",
                                      dir=folder.parent) as aside:
         write(Path(aside))
-        made = {path.name: path for path in sorted(Path(aside).iterdir())}
-        there = {n for n in made if (folder / n).exists()} - {"README.md"}
+        if (folder / "README.md").exists():
+            (Path(aside) / "README.md").unlink(missing_ok=True)
+        there = [path.name for path in sorted(Path(aside).iterdir())
+                 if (folder / path.name).exists()]
         if there and not overwrite:
-            raise FileExistsError(f"{folder} holds {min(there)} already: "
+            raise FileExistsError(f"{folder} holds {there[0]} already: "
                                   "choose another folder, or overwrite=True")
         folder.mkdir(exist_ok=True)
-        for name, path in made.items():
-            if name != "README.md" or not (folder / name).exists():
-                os.replace(path, folder / name)
+        old = Path(tempfile.mkdtemp(dir=aside, prefix="replaced-"))
+        swap_files(Path(aside), folder, old)
 
 # %% ../nbs/03_gpt2.ipynb #savemodel
 def save_model(model: GPT2Core, folder: str | Path, tokenizer=None,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import unicodedata
 import warnings
 from collections import Counter
@@ -154,6 +155,37 @@ def test_very_long_words(text, gpt2, openai):
 def test_half_surrogates_as_tiktoken_reads_them(gpt2, openai):
     for text in ["\ud83d", "a\ud83d b", "\udc00\ud83d", "x \ud83d\ude42 y", "\ud83d" * 3 + "é"]:
         assert gpt2.encode_ordinary(text) == openai.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", [
+    STORIES, STORIES.replace(" ", "\r\n"), STORIES.replace(" ", "") + " end", STORIES.replace("e", "é")],
+    ids=["stories", "a word a line", "few blanks", "accents"])
+def test_a_text_in_slices_has_the_ids_of_the_whole(text, gpt2, openai):
+    assert len(text) > 900_000
+    text = "A title\n\n" + text * 2  # two slices or more
+    want = openai.encode_ordinary(text)
+    assert gpt2.encode_ordinary(text) == want and gpt2.encode(text) == want
+    assert np.array_equal(gpt2.encode_array(text), want)
+
+
+def test_slices_around_a_broken_surrogate_and_a_special_token(gpt2, openai):
+    text = ("one two \ud83d three\n" * 70_000)[:1_100_000]
+    assert gpt2.encode(text + "<|endoftext|>" + text, "all") == [
+        *openai.encode_ordinary(text), 50256, *openai.encode_ordinary(text)]
+
+
+def test_memory_for_a_long_text_is_bounded(gpt2):
+    """The list of the words of a whole text would take many times its size."""
+    def peak(text):
+        gpt2.encode_array(text)  # fills the cache
+        tracemalloc.start()
+        try:
+            gpt2.encode_array(text)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    text = STORIES[:1 << 20]
+    assert peak(text * 3) - peak(text) < 3 * (2 * len(text))  # 3 bytes for each character more
 
 
 def naive_encode(tok, text):
@@ -350,6 +382,34 @@ def test_special_tokens_get_the_first_ids():
     assert tok.vocab_size == 265 and tok.token_bytes[3] == b"!" and tok.token_bytes[259] == b"lo"
 
 
+@pytest.mark.parametrize("name, says", [("user", "'user' is also a token.*'<.user.>'"), ("Ġuser", "'Ġuser' is also")])
+def test_a_special_token_that_is_a_learned_word_is_refused(name, says, tmp_path):
+    text = "user and user: the user " * 20
+    with pytest.raises(ValueError, match=says):
+        BPETokenizer.train(text, 268, [name, "<|end|>"])
+    tok = BPETokenizer.train(text, 267, ["<|end|>"])
+    clash = BPETokenizer([*tok.token_bytes, name.encode()], tok.merges, tok.special_tokens | {name: tok.vocab_size})
+    for save in (clash.save_pretrained, clash.save_gpt2):
+        with pytest.raises(ValueError, match=says):
+            save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_special_token_that_is_a_byte_is_refused_before_the_text_is_read():
+    def texts():
+        raise AssertionError("read")
+        yield
+    for name in ("a", "!", "Ġ"):
+        with pytest.raises(ValueError, match=f"{name!r} is also a token"):
+            BPETokenizer.train(texts(), 300, [name])
+
+
+def test_a_special_token_that_is_in_the_text_but_no_token_is_fine(tmp_path):
+    tok = BPETokenizer.train("user and user: the user " * 20, 259, ["user", "<|end|>"])
+    tok.save_pretrained(tmp_path)
+    assert BPETokenizer.from_pretrained(tmp_path).encode("userx<|end|>", "all") == [0, tok.encode("x")[0], 1]
+
+
 def test_too_large_a_vocabulary_stops_early_and_says_so():
     with pytest.warns(UserWarning, match=r"vocab_size=500 is too large .* 3 merges .* 259 ids"):
         tok = BPETokenizer.train("abcd", 500)
@@ -401,6 +461,36 @@ def test_pieces_of_a_file_keep_the_words(tmp_path):
         pieces = list(bpe.read_pieces(path, size=1 + n % 9))
         assert "".join(pieces) == text
         assert [w for p in pieces for w in bpe.split_words(p)] == bpe._split_any(text)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\r", " \r\n"])
+def test_a_word_list_without_blanks_is_read_in_pieces(end, tmp_path):
+    text = "".join(f"Wörd{n}{end}" for n in range(3000))
+    path = tmp_path / "list.txt"
+    path.write_text(text, encoding="utf-8", newline="")
+    pieces = list(bpe.read_pieces(path, size=500))
+    assert "".join(pieces) == text and max(map(len, pieces)) < 1000
+    assert [w for p in pieces for w in bpe.split_words(p)] == bpe._split_any(text)
+
+
+def test_each_block_is_searched_once(tmp_path, monkeypatch):
+    """So a file without any place to cut takes time in proportion to its length."""
+    searched = []
+    monkeypatch.setattr(bpe, "_match_cut", lambda text: searched.append(len(text)))
+    (tmp_path / "one.txt").write_text("x" * 10_000)
+    assert list(bpe.read_pieces(tmp_path / "one.txt", size=100)) == ["x" * 10_000]
+    assert sum(searched) < 11_000
+
+
+def test_blocks_of_any_size_keep_the_words():
+    rng = random.Random(3)
+    for kind in KINDS:
+        for text in fuzz(kind, seed=4)[:200]:
+            cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randint(0, 6)))
+            blocks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)]) if b > a]
+            pieces = list(bpe.cut_safely(blocks))
+            assert "".join(pieces) == text and all(pieces)
+            assert [w for p in pieces for w in bpe.split_words(p)] == bpe._split_any(text)
 
 
 def test_many_distinct_words_are_counted_right():
@@ -476,6 +566,24 @@ def test_files_that_would_give_other_ids_are_refused(change, words, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     with pytest.raises(ValueError, match=words):
         BPETokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_each_gpt2_has_the_vocabulary_that_ships(name, gpt2, tmp_path, monkeypatch):
+    assert BPETokenizer.from_pretrained(name).__reduce__() == gpt2.__reduce__()
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="needs tokenizer.json"):  # a folder goes before a name
+        BPETokenizer.from_pretrained(name)
+
+
+def test_a_folder_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    tok = BPETokenizer.train("low lower lowest " * 3, 262)
+    tok.save_pretrained(tmp_path / "mine")
+    for name in ("~/mine", Path("~/mine")):
+        assert BPETokenizer.from_pretrained(name).merges == tok.merges
 
 
 def test_broken_and_missing_files(tmp_path):

@@ -1,4 +1,5 @@
 """Chapter 01: readers, cleaning, the chat renderer, token files and the sampler."""
+import bz2
 import gzip
 import json
 import lzma
@@ -8,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -90,6 +93,90 @@ def test_text_folder_mixes_text_and_rows(tmp_path):
     (tmp_path / "ignored.png").write_bytes(b"\0")
     pq.write_table(pa.table({"text": ["dee"]}), tmp_path / "d.parquet")
     assert sorted(load_text(tmp_path)) == ["ay", "bee", "dee", "sea", "see"]
+
+
+@pytest.mark.parametrize("name, packer", [("a.gz", gzip), ("a.xz", lzma), ("a.bz2", bz2)])
+@pytest.mark.parametrize("kind, load", [("txt", load_text), ("jsonl", load_text), ("jsonl", load_chats),
+                                        ("json", load_chats)])
+def test_damaged_packed_files_name_the_file(tmp_path, name, packer, kind, load):
+    rng = random.Random(0)
+    rows = [json.dumps({"text": str(rng.random()), "messages": talk(str(rng.random()), "b")}) for _ in range(2000)]
+    text = "\n".join(rows) if kind != "json" else "[" + ",\n".join(rows) + "]"
+    whole, path = packer.compress(text.encode()), tmp_path / name.replace("a.", f"a.{kind}.")
+    path.write_bytes(whole)
+    assert len(load(path)) == (1 if kind == "txt" else 2000)
+    middle = len(whole) // 2
+    spoilt = whole[:middle] + bytes(b ^ 255 for b in whole[middle:middle + 8]) + whole[middle + 8:]
+    for damaged in (whole[:middle], whole[:-6], b"no packed file"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{re.escape(path.name)} is damaged or cut short .*again$"):
+            load(path)
+    path.write_bytes(spoilt)  # may give wrong text before the packer sees it
+    with pytest.raises(ValueError, match=re.escape(path.name)):
+        load(path)
+
+
+def test_an_error_of_the_disk_is_not_called_damage(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+
+    class Broken:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def __iter__(self):
+            raise OSError(5, "Input/output error")
+    monkeypatch.setattr(data, "open_text", lambda path: Broken())
+    with pytest.raises(OSError, match="Input/output error"):
+        load_text(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_text_that_is_not_utf8_names_the_file(tmp_path, name):
+    raw = '{"text": "un caf\xe9"}\n'.encode("latin-1")
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is not UTF-8 .byte 0xe9.: save it as UTF-8") as error:
+        load_text(tmp_path / name)
+    assert not isinstance(error.value, UnicodeDecodeError)
+
+
+def test_a_folder_called_like_a_text_file(tmp_path):
+    (tmp_path / "old.txt").mkdir()
+    (tmp_path / "old.txt" / "b.txt").write_text("bee")
+    (tmp_path / "rows.jsonl").mkdir()
+    (tmp_path / "a.txt").write_text("ay")
+    assert sorted(load_text(tmp_path)) == ["ay", "bee"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_with_readme_is_read_once(streaming):
+    """datasets takes it for a set of texts, one document a line, and leaves out the rows."""
+    with tempfile.TemporaryDirectory(prefix="notes-") as folder:  # datasets reads "test" in a path as a split's name
+        folder = Path(folder)
+        (folder / "README.md").write_text("# My texts\n")
+        for name in "abc":
+            (folder / f"{name}.txt").write_text(f"{name} one\n{name} two\n")
+        (folder / "d.jsonl").write_text(json.dumps({"text": "dee", "messages": talk("q", "a")}) + "\n")
+        assert list(load_text(folder, streaming=streaming)) == ["a one\na two", "b one\nb two", "c one\nc two", "dee"]
+        assert [c["messages"] for c in load_chats(folder, streaming=streaming)] == [talk("q", "a")]
+
+
+def test_an_own_path_goes_before_a_bundled_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_text("stories") == load_text() and load_chats("chats") == load_chats()
+    (tmp_path / "stories").mkdir()
+    (tmp_path / "stories" / "a.txt").write_text("mine")
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "a.jsonl").write_text(json.dumps({"messages": talk("q", "a")}))
+    with pytest.warns(UserWarning, match="'stories' is read from .*stories; the bundled set of this name is .*txt"):
+        assert load_text("stories") == ["mine"]
+    with pytest.warns(UserWarning, match="'chats' is read from"):
+        assert load_chats("chats") == [{"messages": talk("q", "a")}]
+    assert len(load_text()) > 2000 and len(load_chats()) > 1000  # the default is the bundled set all the same
 
 
 def test_bundled_sets():
@@ -178,6 +265,32 @@ def test_oasst1(tmp_path):
     assert all(check_messages(c["messages"], answered=True) for c in load_chats(folder, best=None))
     with pytest.raises(ValueError, match="empty"):
         load_chats(folder, languages=["de"])
+
+
+@pytest.mark.parametrize("field, value", [
+    ("message_id", None), ("parent_id", ...), ("parent_id", 1.5), ("role", 3), ("text", None), ("lang", ...)])
+def test_tree_rows_that_lack_a_field_name_the_line(tmp_path, field, value):
+    bad = oasst_row("3", "1", "assistant", "No.")
+    bad = {k: v for k, v in (bad | {field: value}).items() if v is not ...}
+    rows = [oasst_row("1", None, "prompter", "Why?"), oasst_row("2", "1", "assistant", "So."), bad]
+    path = tmp_path / "oasst.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=rf"oasst.jsonl, line 3: '{field}' of a message tree"):
+        load_chats(path)
+    assert [c["messages"] for c in load_chats(path, skip_bad=True)] == [talk("Why?", "So.")]
+    path.write_text("\n".join(map(json.dumps, [*rows[:2], bad | {"deleted": True}])))
+    assert len(load_chats(path)) == 1  # a deleted message is not read anyway
+
+
+def test_oassts_file_of_whole_trees_is_told_apart(tmp_path):
+    message = oasst_row("1", None, "prompter", "Why?") | {"replies": [oasst_row("2", "1", "assistant", "So.")]}
+    row = {"message_tree_id": "1", "tree_state": "ready_for_export", "prompt": message}
+    path = tmp_path / "oasst_ready.trees.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(row).encode()))
+    with pytest.raises(ValueError, match=r"trees.jsonl.gz, line 1: .* This file has a tree in each row: take the one"):
+        load_chats(path)
+    with pytest.raises(ValueError, match="empty"):
+        load_chats(path, skip_bad=True)
 
 
 def test_oasst_threads_equal_a_brute_force_search():
@@ -298,6 +411,14 @@ def test_pairs_layout_packed(tmp_path):
     (json.dumps({"messages": talk("a") + talk("b", "c")}), r"message 1: the role is 'user' where 'assistant'"),
     (json.dumps({"messages": talk("a", "b") + talk("c", system="s")}), r"message 2: the role is 'system'"),
     ('{"messages": [{"role": "tool", "content": "x"}]}', r"message 0: the role is 'tool'"),
+    ('{"conversations": ["hi", "hello"]}', r"line 2, message 0: the field 'role' is missing"),
+    ('{"conversations": 3}', r"line 2: expected a list of messages, got '3'"),
+    ('{"conversations": [{"from": ["human"], "value": "x"}]}', r"line 2, message 0: 'role' must be a text"),
+    ('{"instruction": "a", "input": 3, "output": "b"}', r"line 2: 'input' must be a text, not 3"),
+    ('{"instruction": ["a"], "output": "b"}', r"line 2: 'instruction' must be a text, not \['a'\]"),
+    ('{"prompt": 3, "completion": "x"}', r"line 2, message 0: the field 'role' is missing"),
+    ('{"prompt": "x", "completion": 3}', r"line 2, message 1: the field 'role' is missing"),
+    ('{"chosen": 3}', r"line 2, message 0: the field 'role' is missing"),
     (json.dumps({"messages": talk("a")}), r"line 2: no assistant message")])
 def test_bad_rows_name_file_and_line(tmp_path, line, says):
     path = tmp_path / "bad.jsonl"

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -349,6 +350,70 @@ def test_a_write_that_fails_leaves_everything(tiny, tmp_path):
         write_aside(tmp_path / "model", fails, overwrite=True)
     assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("error", [PermissionError, KeyboardInterrupt])
+def test_an_error_while_files_are_moved_leaves_everything(tiny, tmp_path, monkeypatch, error):
+    """Save over a model and let each move in turn fail: every time all is as before; without failure all is new."""
+    tiny.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()  # so that one file is new and the others replace
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    move, other, moves = os.replace, GPT2(TINY), []
+
+    def failing(at):
+        def replace(source, target):
+            moves.append(target)
+            if len(moves) == at:
+                raise error("in use")
+            move(source, target)
+        return replace
+    for at in range(1, 100):
+        moves.clear()
+        monkeypatch.setattr(os, "replace", failing(at))
+        try:
+            other.save_pretrained(tmp_path / "model", overwrite=True)
+            break
+        except error:
+            assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert at > 3 and (tmp_path / "model" / "generation_config.json").exists()
+    assert torch.equal(GPT2.from_pretrained(tmp_path / "model").wte.weight, other.wte.weight)
+
+
+def test_files_of_two_models_are_never_taken_for_one(tiny, tmp_path, monkeypatch):
+    """Whenever weights are there, all files beside them are of the same save: a kill in between shows."""
+    tokenizer = BPETokenizer.train("low lower lowest " * 3, 262)
+    config = replace(TINY, vocab_size=300)
+    GPT2(config).save_pretrained(tmp_path / "model", BPETokenizer.train("new newer newest " * 3, 262))
+    GPT2(config).save_pretrained(tmp_path / "other", tokenizer)
+
+    def files(folder):
+        return {p.name: p.read_bytes() for p in folder.iterdir()}
+    first, move, seen = files(tmp_path / "model"), os.replace, []
+
+    def watched(source, target):
+        seen.append(files(tmp_path / "model"))
+        move(source, target)
+    monkeypatch.setattr(os, "replace", watched)
+    model = GPT2.from_pretrained(tmp_path / "other")
+    model.save_pretrained(tmp_path / "model", tokenizer, overwrite=True)
+    last = files(tmp_path / "model")
+    assert last["model.safetensors"] != first["model.safetensors"]
+    assert last["tokenizer.json"] != first["tokenizer.json"]
+    whole = [now for now in [*seen, last] if "model.safetensors" in now]
+    assert all(now in (first, last) for now in whole) and len(seen) > 4
+
+
+def test_loaded_weights_do_not_hang_on_the_file(tiny, tmp_path):
+    """A mapped file cannot be replaced on Windows, and a change of it would change the model."""
+    tiny.save_pretrained(tmp_path / "model")
+    model = GPT2.from_pretrained(tmp_path / "model")
+    if sys.platform.startswith("linux"):
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    path = tmp_path / "model" / "model.safetensors"
+    with path.open("r+b") as file:  # in place, not by a new file
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(p, q) for p, q in zip(tiny.parameters(), model.parameters()))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions of Unix")
