@@ -189,9 +189,9 @@ def make_draft(name: str | None, options, tokenizer, device="cpu"):
     if name == "bundled":
         renderer = ChatRenderer(tokenizer)
         read = [renderer.render(chat["messages"]).ids
-                for chat in load_chats("chats")]
+                for chat in load_chats()]
         read += [tokenizer.encode_ordinary(text)
-                 for text in load_text("stories")]
+                 for text in load_text()]
     return NGramDraft(read)
 
 # %% ../nbs/05_generation.ipynb #makeconstraint

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .bpe import BPETokenizer
-from .data import ChatRenderer, Rendered, load_chats
+from .data import BUNDLED, DATA, ChatRenderer, Rendered, load_chats
 from .evaluation import (
     Estimate, NGram, Scores, accuracy_by_group, answer_chats,
     bleu_estimate, bootstrap, calibration, choice_accuracy, chrf, credit,
@@ -206,7 +206,8 @@ def run_suite(model: nn.Module, tokenizer: BPETokenizer, *,
         raise ValueError(f"suite={suite!r}: one of {', '.join(SUITES)}")
     label, plan = (suite, SUITES[suite]) if isinstance(suite, str) else (
         "custom", suite)
-    chats = list(load_chats("held") if chats is None else chats)
+    chats = list(load_chats(DATA / BUNDLED["held"]) if chats is None
+                 else chats)
     chats = [c for c in chats[:plan.chats] if len(c["messages"]) > 1
              and c["messages"][-1]["role"] == "assistant"]
     if not chats:
