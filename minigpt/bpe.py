@@ -993,8 +993,8 @@ def find_tokenizer(name: str | Path | None, revision: str | None = None
                    ) -> Path:
     """The folder of a tokenizer; arguments as in from_pretrained."""
     name = "minigpt-chat" if name is None else name
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    if Path(os.path.expanduser(name)).is_dir():
+        return Path(os.path.expanduser(name))
     if name == "minigpt-chat" or name in GPT2_NAMES:
         return ASSETS / ("gpt2" if name in GPT2_NAMES else name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):

@@ -45,11 +45,18 @@ def run_eval(names: list[str], suite: str, data: str | None, out: Path | None,
     opened = [(name, *open_model(name, device=device)) for name in names]
     folder = free_folder() if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
-    reports = [run_suite(model, tokenizer, name=name, suite=suite,
-                         chats=chats, progress=progress)
-               for name, model, tokenizer in opened]
-    write_report(reports, folder, overwrite=overwrite)
-    typer.echo(report_table(reports))
+    try:
+        reports = [run_suite(model, tokenizer, name=name, suite=suite,
+                             chats=chats, progress=progress)
+                   for name, model, tokenizer in opened]
+        try:
+            write_report(reports, folder, overwrite=overwrite)
+        finally:                               # seen if no disk has room, too
+            typer.echo(report_table(reports))
+    finally:
+        if out is None:
+            with suppress(OSError):
+                folder.rmdir()                 # only if it is still empty
     for other in reports[1:]:
         typer.echo(f"\n{names[0]} minus {other['name']}:")
         for measure, gain in compare(other, reports[0]).items():

@@ -27,7 +27,7 @@ def tune_chats(model, tokenizer, rows: list, held: str | None,
     if judge is None:
         rows, judge = split_held(rows, 0.05)
     return finetune(model, rows, tokenizer=tokenizer, held=judge[:200],
-                    texts=load_text(text, limit=50) if text else (),
+                    texts=() if text == "" else load_text(text, limit=50),
                     **settings)
 
 # %% ../nbs/07_finetuning.ipynb #tunepairs
@@ -58,8 +58,9 @@ def register(app: typer.Typer) -> None:
                             "preferences is the bundled set."),
         held: str = option(None, help="Data to measure on, before and after "
                            "[default: a small part of the data]"),
-        text: str = option("stories", help="Plain text to measure on what is "
-                           "forgotten; an empty one: do not."),
+        text: str = option(None, help="Plain text to measure on what is "
+                           "forgotten; an empty one: do not [default: the "
+                           "bundled stories]"),
         config: str = option(None, help="Configuration of a hub dataset."),
         split: str = option(None, help="Split of a hub dataset."),
         limit: int = option(None, help="Read so many rows of each."),

@@ -2,15 +2,18 @@
 
 # %% auto #0
 __all__ = ['flag', 'EARLY', 'split_prompts', 'prompt_of', 'collect_prompts', 'draw_batches', 'draw_singly', 'draw_texts',
-           'as_row', 'check_output', 'print_rows', 'write_rows', 'make_draft', 'make_constraint', 'register',
-           'generate_command', 'check_flags', 'with_texts', 'encode_prompts']
+           'as_row', 'check_output', 'print_rows', 'open_part', 'write_rows', 'make_draft', 'make_constraint',
+           'register', 'generate_command', 'check_flags', 'with_texts', 'encode_prompts']
 
 # %% ../nbs/05_generation.ipynb #cli-imports
 import itertools
 import json
+import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -137,10 +140,14 @@ def as_row(prompt: str, text, tokenizer, stop_strings: Sequence[str]) -> dict:
 
 # %% ../nbs/05_generation.ipynb #checkoutput
 def check_output(output: Path | None, overwrite: bool) -> None:
-    """Raise FileExistsError for a file that exists, unless `overwrite`."""
+    """Raise FileExistsError for a file that exists, unless `overwrite`;
+    FileNotFoundError where its folder is missing."""
     if output is not None and output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists: choose another name, or "
                               "give --overwrite")
+    if output is not None and not output.parent.is_dir():
+        raise FileNotFoundError(f"{output}: there is no folder "
+                                f"{output.parent}")
 
 # %% ../nbs/05_generation.ipynb #printrows
 def print_rows(rows: Iterable[dict], file, plain: bool) -> None:
@@ -150,13 +157,21 @@ def print_rows(rows: Iterable[dict], file, plain: bool) -> None:
         print(line, file=file, flush=True)
 
 # %% ../nbs/05_generation.ipynb #writerows
+def open_part(target: Path):
+    """A new file NAME.part beside `target`, or NAME.part2, and so on."""
+    for number in itertools.count(1):
+        end = f".part{number if number > 1 else ''}"
+        with suppress(FileExistsError):
+            return open(f"{target}{end}", "x", encoding="utf-8")
+
+
 def write_rows(rows: Iterable[dict], output: Path | None, plain: bool,
                overwrite: bool = False) -> None:
     """Write results as they come, to a file or to standard output.
 
     plain: the texts alone, one after the other, instead of JSON lines.
     overwrite: replace a file that exists, once all is written; until then
-    it is kept and the results are in a file NAME.part beside it.
+    it is kept and the results are in a new file NAME.part beside it.
     Raises FileExistsError for a file that exists, unless `overwrite`.
     """
     if output is None:
@@ -164,12 +179,15 @@ def write_rows(rows: Iterable[dict], output: Path | None, plain: bool,
     check_output(output, overwrite)
     rows = iter(rows)
     first = list(itertools.islice(rows, 1))    # drawn before any file opens
-    target, replaces = output.resolve(), output.is_file()
-    part = target.with_name(target.name + ".part") if replaces else target
-    with open(part, "w", encoding="utf-8") as file:
+    replaces = output.is_file()                # not so for a pipe
+    target = output.resolve() if replaces else output
+    with (open_part(target) if replaces
+          else open(target, "w", encoding="utf-8")) as file:
         print_rows(itertools.chain(first, rows), file, plain)
     if replaces:
-        part.replace(target)
+        shutil.copymode(target, file.name)
+        os.replace(file.name, target)
+
 
 # %% ../nbs/05_generation.ipynb #makedraft
 def make_draft(name: str | None, options, tokenizer, device="cpu"):

@@ -18,13 +18,14 @@ __all__ = ['Ids', 'Processor', 'Strategy', 'Draft', 'NOTHING', 'EMPTY', 'CLASSES
            'allowed_tokens', 'RegexConstraint', 'choice_constraint']
 
 # %% ../nbs/05_generation.ipynb #imports
+import copy
 import random
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from threading import Event
 
 import torch
@@ -1267,21 +1268,21 @@ Draft = Callable[[list[int], int, random.Random],
 
 
 class ModelDraft:
-    """Guesses by a (smaller) model with the same vocabulary."""
+    """Guesses by a (smaller) model with the same vocabulary.
 
-    def __init__(self, model: GPT2, options: Options | None = None):
+    prompt: how many ids of each text are the prompt's (all, unless given).
+    """
+
+    def __init__(self, model: GPT2, options: Options | None = None,
+                 prompt: int | None = None):
         self.decoder, self.options = Decoder(model), options or Options()
-        self.chain = chain(self.options)
+        self.chain, self.prompt = chain(self.options), prompt
 
-    def __call__(self, ids: list[int], count: int, rng: random.Random,
-                 prompt: int | None = None
+    def __call__(self, ids: list[int], count: int, rng: random.Random
                  ) -> tuple[list[int], list[Tensor]]:
-        """Up to `count` guesses after ids; the chances (V,) of each draw.
-
-        prompt: how many of the ids are the prompt's (all, unless given).
-        """
+        """Up to `count` guesses after ids; the chances (V,) of each draw."""
         guesses, chances = [], []
-        step = 0 if prompt is None else len(ids) - prompt
+        step = 0 if self.prompt is None else len(ids) - self.prompt
         room = self.decoder.config.block_size - len(ids) + 1
         for i in range(min(count, room)):
             logits = (self.decoder.feed([guesses[-1:]]) if i
@@ -1414,7 +1415,8 @@ def speculate(model: GPT2, draft: GPT2 | Draft, ids: Sequence[int] | Tensor,
     rows, _ = as_prompts(ids, model.config.vocab_size)
     rows, limit = fit(rows[:1], options, model.config.block_size)
     if isinstance(draft, ModelDraft):
-        draft = partial(draft, prompt=len(rows[0]))
+        draft = copy.copy(draft)               # it may serve other texts too
+        draft.prompt = len(rows[0])
     result = Generation()
     strategy = Speculative(rows[0], options, limit, result, draft, guesses)
     decoder = decoder or Decoder(model)

@@ -21,7 +21,9 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -563,8 +565,8 @@ def find_model(name: str | Path | None = None,
 
     Raises ValueError for a name that can be none of them.
     """
-    if name is not None and Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    if name is not None and Path(os.path.expanduser(name)).is_dir():
+        return Path(os.path.expanduser(name))
     if name is None or str(name) == SHIPPED:
         return ASSETS / SHIPPED
     repo = HUB_NAMES.get(str(name), str(name))
@@ -850,7 +852,8 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], form: str
 # %% ../nbs/03_gpt2.ipynb #swapfiles
 def swap_files(source: Path, folder: Path, old: Path) -> None:
     """Move the files of `source` into `folder`, weights last; before that,
-    files of the same names to `old`. An error puts all of them back."""
+    files of the same names to `old`. An error puts all of them back; what
+    can't be put back stays in `old`."""
     names = sorted((path.name for path in source.iterdir() if path.is_file()),
                    key=lambda name: (name.endswith(".safetensors"), name))
     there = [name for name in names[::-1] if (folder / name).exists()]
@@ -861,10 +864,11 @@ def swap_files(source: Path, folder: Path, old: Path) -> None:
             os.replace(source / name, folder / name)
     except BaseException:
         for name in names:
-            if name not in there:
-                (folder / name).unlink(missing_ok=True)
-            elif (old / name).exists():
-                os.replace(old / name, folder / name)
+            with suppress(OSError):
+                if name not in there:
+                    (folder / name).unlink(missing_ok=True)
+                elif (old / name).exists():
+                    os.replace(old / name, folder / name)
         raise
 
 # %% ../nbs/03_gpt2.ipynb #writeaside
@@ -892,8 +896,18 @@ def write_aside(folder: str | Path, write: Callable[[Path], None],
             raise FileExistsError(f"{folder} holds {there[0]} already: "
                                   "choose another folder, or overwrite=True")
         folder.mkdir(exist_ok=True)
-        old = Path(tempfile.mkdtemp(dir=aside, prefix="replaced-"))
-        swap_files(Path(aside), folder, old)
+        old = Path(tempfile.mkdtemp(dir=folder.parent,
+                                    prefix=f".{folder.name}-replaced-"))
+        try:
+            swap_files(Path(aside), folder, old)
+        except BaseException:
+            with suppress(OSError):
+                old.rmdir()                        # empty: all is back
+            if old.exists():
+                warnings.warn(f"files of {folder} that could not be put back "
+                              f"are in {old}")
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/03_gpt2.ipynb #savemodel
 def save_model(model: GPT2Core, folder: str | Path, tokenizer=None,

@@ -494,7 +494,7 @@ def replace_file(path: Path, tensors: dict[str, np.ndarray],
             aside.unlink(missing_ok=True)
 
 # %% ../nbs/09_rag.ipynb #save-index
-FORMAT, FILE = "minigpt-index-1", "index.safetensors"
+FORMAT, FILE = "minigpt-index-2", "index.safetensors"
 
 
 def save_index(index: "Index", folder: str | Path) -> None:

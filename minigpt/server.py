@@ -1115,7 +1115,7 @@ class Guard:
         if scope["path"].startswith(("/v1/", "/metrics")):
             self.check_key(headers)
         if scope["path"] == UPLOAD:
-            return metered(headers, receive, limits.max_upload)
+            return metered(headers, receive, limits)
         return await bounded(headers, receive, limits)
 
     def check_host(self, headers: dict[bytes, bytes]) -> None:
@@ -1171,16 +1171,27 @@ async def bounded(headers: dict[bytes, bytes], receive: Callable,
 
 # %% ../nbs/11_server.ipynb #metered
 def metered(headers: dict[bytes, bytes], receive: Callable,
-            most: int) -> Callable:
-    """A `receive` that hands on the body, and raises beyond `most` bytes:
-    at once APIError if they are announced, later MultiPartException."""
+            limits: Limits) -> Callable:
+    """A `receive` that hands on a body with files. For one that is too
+    large it raises APIError if that is announced; later, or where it comes
+    too slowly or not to its end, MultiPartException."""
+    most = limits.max_upload
     check_length(headers, most)
-    size = 0
+    size, more, end = 0, True, time.monotonic() + limits.timeout
 
     async def counted():
-        nonlocal size
-        message = await receive()
+        nonlocal size, more
+        if not more:
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(),
+                                             end - time.monotonic())
+        except asyncio.TimeoutError:
+            raise MultiPartException("the body did not come in time") from None
+        if message["type"] == "http.disconnect":
+            raise MultiPartException("the client has left")
         size += len(message.get("body", b""))
+        more = message.get("more_body", False)
         if size > most:
             raise MultiPartException(f"the body is larger than {most} "
                                      "bytes, the maximum allowed size")

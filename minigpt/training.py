@@ -13,9 +13,9 @@ __all__ = ['NUMBERS', 'ALLOWED', 'POSITIVE', 'PEAK_TFLOPS', 'COLUMNS', 'MAY_CHAN
            'TrainResult', 'progress_bar', 'guarded', 'report_row', 'read_meter', 'run_loop', 'train', 'loss_figure',
            'in_notebook', 'LivePlot', 'reference_curve', 'against_reference', 'Samples', 'TensorBoardLog', 'Machine',
            'machine_here', 'meta_model', 'measure_speed', 'short_batch', 'Plan', 'plan', 'StreamSampler', 'find_recipe',
-           'toml_reader', 'check_names', 'load_recipe', 'find_data', 'data_key', 'split_rows', 'recipe_rows',
-           'recipe_tokens', 'new_model', 'recipe_tokenizer', 'recipe_stream', 'recipe_phases', 'whole_model',
-           'run_recipe']
+           'toml_reader', 'check_names', 'load_recipe', 'find_data', 'file_sums', 'is_current', 'split_rows',
+           'recipe_rows', 'recipe_tokens', 'new_model', 'recipe_tokenizer', 'recipe_stream', 'recipe_phases',
+           'whole_model', 'run_recipe']
 
 # %% ../nbs/04_training.ipynb #imports
 import atexit
@@ -36,7 +36,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, get_args, get_type_hints
+from typing import (Any, Callable, Iterable, Iterator, get_args, get_origin,
+                    get_type_hints)
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ class TrainConfig:
     clip: float = 1.0
     dtype: str = "auto"
     compile: bool = False
-    device: str = "auto"
+    device: str | torch.device | None = "auto"
     order: str = "random"
     parallel: str = "ddp"
     seed: int = 0
@@ -111,8 +112,9 @@ NUMBERS = {int: Integral, float: Real}
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a field's type, such as `int | None`."""
     kinds = get_args(hint) or (hint,)
-    if isinstance(value, (tuple, list)):                   # betas: two floats
-        return len(kinds) == len(value) > 1 and all(map(fits, value, kinds))
+    if get_origin(hint) is tuple:                          # betas: two floats
+        return (isinstance(value, (tuple, list)) and len(value) == len(kinds)
+                and all(map(fits, value, kinds)))
     if isinstance(value, bool):
         return bool in kinds
     return isinstance(value, tuple(NUMBERS.get(k, k) for k in kinds))
@@ -729,6 +731,8 @@ class Checkpoints:
         if need > free:
             raise OSError(f"no space left: a checkpoint needs {need / 1e6:.0f}"
                           f" MB, {self.folder} has {free / 1e6:.0f}")
+        if self.best()[0] in (None, step):    # the note of a part given up
+            (self.folder / "best.json").unlink(missing_ok=True)
         text = json.dumps(config, indent=1)
         write_folder(self.path(step), {
             "model.safetensors": lambda p: save_file(weights, p),
@@ -812,7 +816,7 @@ class Stopper:
 # %% ../nbs/04_training.ipynb #read-log
 def read_log(path: str | Path) -> list[dict[str, float]]:
     """The lines of a log.csv as dicts of numbers, without damaged ones."""
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     lines = csv.DictReader(text.replace("\0", "").splitlines())
     rows, seen = [], 0
     for seen, line in enumerate(lines, 1):
@@ -1200,7 +1204,7 @@ def read_meter(run: Run, meter: Meter) -> dict[str, float]:
 def run_loop(run: Run, held: Any, callbacks: Iterable[Callable],
              progress: bool) -> str:
     """Steps until the run is over or a signal comes; that signal, or ""."""
-    c, log = run.config, None
+    c, log, callbacks = run.config, None, list(callbacks)
     if run.saved and not run.ranks.rank:
         run.saved.folder.mkdir(parents=True, exist_ok=True)
         log = CSVLog(run.saved.folder / "log.csv", run.step)
@@ -1763,15 +1767,36 @@ def find_data(name: str, folder: str | Path = ".") -> str | Path:
     return found if found.exists() else name
 
 
-def data_key(part: dict[str, Any], folder: str | Path, *more: Any) -> str:
-    """What a part of a recipe reads, as a text that changes with it: names,
-    and sizes and times of files."""
-    names = [name for kind in ("text", "chats", "tokens")
-             for name in np.atleast_1d(part.get(kind, [])).tolist()]
-    files = [Path(find_data(name, folder)) for name in names]
-    stats = [(str(file.resolve()), file.stat().st_size,
-              file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return json.dumps([part, stats, *more])
+def file_sums(part: dict[str, Any], folder: str | Path = "."
+              ) -> dict[str, list[int]]:
+    """[size, CRC-32] of each file that a part of a recipe reads, by name."""
+    sums: dict[str, list[int]] = {}
+    for name in [name for kind in ("text", "chats")
+                 for name in np.atleast_1d(part.get(kind, [])).tolist()]:
+        place = Path(find_data(name, folder))
+        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+        for file in inside:
+            if file.is_file():
+                key = (Path(name) / file.relative_to(place)).as_posix()
+                sums[key] = file_check(file)
+    return sums
+
+
+# %% ../nbs/04_training.ipynb #is-current
+def is_current(made: Path, note: Path, source: str, begun: bool) -> bool:
+    """Whether `made` is there and `note` says that it is made of `source`.
+
+    A run that has begun keeps what it has, with a warning if it is not.
+    """
+    if not made.exists():
+        return False
+    same = note.exists() and note.read_text(encoding="utf-8") == source
+    if begun and not same:
+        warnings.warn(f"{made} is kept, as this run began with it, though "
+                      "what it was made of has changed or is gone; for a run "
+                      "on what is there now, choose another folder (out)")
+    return same or begun
+
 
 # %% ../nbs/04_training.ipynb #split-rows
 def split_rows(rows: list, share: float) -> tuple[list, list]:
@@ -1822,11 +1847,13 @@ def recipe_rows(part: dict[str, Any], folder: str | Path = ".",
 # %% ../nbs/04_training.ipynb #recipe-tokens
 def recipe_tokens(rows: Callable[[], list], path: Path,
                   tokenizer: BPETokenizer, ranks: Ranks = Ranks(), *,
-                  num_proc: int = 1, progress: bool | None = None
-                  ) -> TokenFile:
+                  source: str = "", begun: bool = False, num_proc: int = 1,
+                  progress: bool | None = None) -> TokenFile:
     """The token file at `path`, packed from what `rows()` gives if it is
-    not there yet. Rank 0 packs, the others wait."""
-    if not ranks.rank and not path.exists():
+    not there yet, or not made of `source` (see is_current). Rank 0 packs,
+    the others wait."""
+    note = path.with_suffix(".json")
+    if not ranks.rank and not is_current(path, note, source, begun):
         path.parent.mkdir(parents=True, exist_ok=True)
         found = rows()
         if not found:
@@ -1835,7 +1862,9 @@ def recipe_tokens(rows: Callable[[], list], path: Path,
         chat = next((i for i, row in enumerate(found)
                      if isinstance(row, dict)), 0)          # says: mask
         found[0], found[chat] = found[chat], found[0]
-        pack(found, path, tokenizer, num_proc=num_proc, progress=progress)
+        pack(found, path, tokenizer, num_proc=num_proc, progress=progress,
+             overwrite=True)
+        note.write_text(source, encoding="utf-8")
     ranks.gather("packed")
     return TokenFile(path, tokenizer)
 
@@ -1853,12 +1882,12 @@ def recipe_tokenizer(recipe: dict, out: Path, folder: str | Path = ".",
     wanted = recipe.get("tokenizer", {})
     if "train" not in wanted:
         return BPETokenizer.from_pretrained(wanted.get("name"))
-    place = out / "tokenizer"
-    made_from = place / "made_from.json"
-    key = data_key(recipe["phase"][0], folder, wanted["train"])
-    if not ranks.rank and not (made_from.exists() and key
-                               == made_from.read_text(encoding="utf-8")):
-        rows = recipe_rows(recipe["phase"][0], folder)
+    place, first = out / "tokenizer", recipe["phase"][0]
+    note, begun = place / "made_from.json", bool(Checkpoints(out).steps())
+    source = json.dumps([first, wanted["train"], file_sums(first, folder)])
+    if not ranks.rank and not is_current(place / "tokenizer.json", note,
+                                         source, begun):
+        rows = recipe_rows(first, folder)
         texts = [row if isinstance(row, str) else
                  "\n".join(m["content"] for m in row["messages"])
                  for row in rows]
@@ -1869,7 +1898,7 @@ def recipe_tokenizer(recipe: dict, out: Path, folder: str | Path = ".",
         BPETokenizer.train(texts, wanted["train"], special,
                            progress=False).save_pretrained(
                                place, overwrite=True)
-        made_from.write_text(key, encoding="utf-8")
+        note.write_text(source, encoding="utf-8")
     ranks.gather("trained")
     return BPETokenizer.from_pretrained(place)
 
@@ -1889,8 +1918,11 @@ def recipe_stream(part: dict, shape: GPT2Config, config: TrainConfig,
 def recipe_phases(recipe: dict, shape: GPT2Config, config: TrainConfig,
                   tokenizer: BPETokenizer, out: Path,
                   folder: str | Path = ".", ranks: Ranks = Ranks(),
-                  num_proc: int = 1) -> tuple[list[Phase], TokenFile | None]:
-    """The phases of a recipe and its held-out tokens, packed or streamed."""
+                  num_proc: int = 1, begun: bool = False
+                  ) -> tuple[list[Phase], TokenFile | None]:
+    """The phases of a recipe and its held-out tokens, packed or streamed.
+
+    begun: keep what is packed, whatever has become of its files."""
     held_part = recipe.get("held", {})
     share = held_part.get("share", 0.0)
     if share and any(part.get("stream") for part in recipe["phase"]):
@@ -1904,10 +1936,12 @@ def recipe_phases(recipe: dict, shape: GPT2Config, config: TrainConfig,
         if "tokens" in part:
             return TokenFile(find_data(part["tokens"], folder), tokenizer)
 
-        key = data_key(part, folder, share, side, tokenizer_hash(tokenizer))
+        key = json.dumps([part, share, side, tokenizer_hash(tokenizer)])
         path = out / "data" / f"{name}-{zlib.crc32(key.encode()):08x}.tokens"
+        source = "" if ranks.rank else json.dumps(file_sums(part, folder))
         return recipe_tokens(lambda: recipe_rows(part, folder, share, side),
-                             path, tokenizer, ranks, num_proc=num_proc)
+                             path, tokenizer, ranks, source=source,
+                             begun=begun, num_proc=num_proc)
 
     phases = []
     for part in recipe["phase"]:
@@ -1961,7 +1995,9 @@ def run_recipe(recipe: str | Path | dict, *, out: str | Path | None = None,
     model = new_model(GPT2Config.preset(
         preset, **{"vocab_size": tokenizer.vocab_size, **shape}), config.seed)
     phases, held = recipe_phases(recipe, model.config, config, tokenizer,
-                                 out, folder, ranks, num_proc)
+                                 out, folder, ranks, num_proc,
+                                 bool(Checkpoints(out).steps())
+                                 and resume != "force")
     callbacks = list(callbacks)
     if recipe.get("tensorboard") and not ranks.rank:
         callbacks.append(TensorBoardLog(out / "tensorboard"))

@@ -5,9 +5,10 @@ __all__ = ['SIDES', 'BOX', 'SLIDERS', 'LABELS', 'MARK', 'LARGEST', 'ENDED', 'OWN
            'next_tokens', 'chances', 'bars_html', 'paced', 'sliders', 'sources_html', 'save_link', 'read_upload',
            'ChatPage', 'TokenBars', 'MessageBox', 'ChatWidget', 'interrupt', 'Visitors', 'model_card', 'foot',
            'as_shown', 'answers', 'set_up', 'keep_files', 'told', 'setting_sliders', 'file_choice', 'chat_column',
-           'chat_tab', 'duel', 'standings', 'duel_tab', 'page_style', 'check_folder', 'gradio_app']
+           'chat_tab', 'duel', 'standings', 'duel_tab', 'page_style', 'check_folder', 'queue_in_turn', 'gradio_app']
 
 # %% ../nbs/10_chat_ui.ipynb #ui-imports
+import asyncio
 import base64
 import functools
 import inspect
@@ -728,7 +729,8 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
         if text is None:
             *past, (text, _) = past
         if stopped.is_set():                               # while made ready
-            session.stop()
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
         yield from answers(session, pieces, past, text, gr.skip())
 
     @told
@@ -887,6 +889,21 @@ def check_folder(file: str | Path) -> None:
         raise FileNotFoundError(f"{str(file)!r} cannot be written: there is "
                                 "no such folder, create it first")
 
+# %% ../nbs/10_chat_ui.ipynb #queue-in-turn
+def queue_in_turn(page, waiting: int):
+    """Gradio's Blocks with a queue for so many messages, also where more
+    of them come in the same moment."""
+    queue = page.queue(max_size=waiting)._queue
+    door, push = asyncio.Lock(), queue.push
+
+    async def push_alone(*args, **kwargs) -> tuple:
+        async with door:
+            return await push(*args, **kwargs)
+
+    queue.push = push_alone
+    return page
+
+
 # %% ../nbs/10_chat_ui.ipynb #gradio-app
 def gradio_app(session: ChatSession | None = None, *,
                adapters: Sequence[str | Path] = (), card: str | None = None,
@@ -933,4 +950,4 @@ def gradio_app(session: ChatSession | None = None, *,
             here.leave(request.session_hash)
 
         page.unload(goodbye)
-    return page.queue(max_size=waiting)
+    return queue_in_turn(page, waiting)

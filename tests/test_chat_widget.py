@@ -401,7 +401,7 @@ def test_stop_and_clear_right_after_send(small, act, note):
         widget.send("One")
         pressed = threading.Thread(target=getattr(widget, act))
         pressed.start()
-        time.sleep(0.3)
+        pressed.join(60 if act == "stop" else 0.3)     # `clear` goes on when the answer has gone
     pressed.join(60)
     widget.wait()
     assert session.messages == [] and session.finish_reason == "cancelled" and not widget.busy

@@ -291,6 +291,23 @@ def test_the_report_is_written_before_anything_is_printed(reports, tmp_path, mon
     assert len(json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))) == 2
 
 
+def test_a_report_that_cannot_be_written_is_still_printed_and_leaves_no_empty_folder(reports, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fails(*args, **kwargs):
+        raise ValueError("it cannot be measured")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minigpt.report.run_suite", lambda *args, name, **kwargs: reports[name == "ngram"])
+    monkeypatch.setattr("minigpt.report.write_report", full)
+    run = CliRunner().invoke(app(), ["eval", "untrained", "--quiet"])
+    assert isinstance(run.exception, OSError) or run.exit_code == 2
+    assert report_table(reports[:1]) in run.output and list((tmp_path / "runs").iterdir()) == []
+    monkeypatch.setattr("minigpt.report.run_suite", fails)
+    run = CliRunner().invoke(app(), ["eval", "untrained", "--quiet"])
+    assert run.exit_code != 0 and list((tmp_path / "runs").iterdir()) == []
+
+
 def test_the_device_is_picked_by_the_one_rule(tmp_path, monkeypatch):
     def picked(device, rule=pick_device):
         if device != "cpu":

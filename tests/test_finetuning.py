@@ -467,6 +467,21 @@ def test_layouts_of_pairs(tmp_path):
     assert load_pairs(path) == [want]
 
 
+def test_dpo_calls_what_a_generator_gives_at_every_logged_step(tokenizer):
+    class Ends:
+        rows, finished = 0, 0
+
+        def __call__(self, row, model):
+            self.rows += 1
+
+        def finish(self):
+            self.finished += 1
+    ends = Ends()
+    dpo(tiny(), some_pairs(), tokenizer=tokenizer, config={"max_steps": 3, "log_every": 1, "device": "cpu"},
+        callbacks=(c for c in [ends]), progress=False)
+    assert (ends.rows, ends.finished) == (3, 1)
+
+
 def test_dpo_refuses_what_cannot_work(tokenizer, renderer):
     pairs = some_pairs(4)
     for changes, words in (({"beta": 0}, "beta=0"), ({"config": {"batch_size": 3}}, "batch_size=3"),

@@ -78,6 +78,17 @@ def test_every_reader(base, tmp_path, layout):
     assert GPT2.from_pretrained(tmp_path / "run" / "model").config.vocab_size == 400
 
 
+def test_a_folder_called_stories_is_not_the_default_text(base, tmp_path, monkeypatch):
+    data = written(tmp_path / "data", "pairs.jsonl")
+    options = ["--data", data, "--quiet", "--too-long", "cut", "--set", "max_steps=1"]
+    usual = run(base, *options, "--out", tmp_path / "usual")
+    (tmp_path / "stories").mkdir()
+    (tmp_path / "stories" / "cover.svg").write_text("<svg/>", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    again = run(base, *options, "--out", tmp_path / "again")
+    assert "text_perplexity" in usual and again == usual.replace("usual", "again")
+
+
 def test_it_learns_measures_and_can_be_chatted_with(base, tmp_path):
     said = run(base, "--data", written(tmp_path / "data", "pairs.jsonl"), "--held", written(tmp_path / "held", "alpaca.json"),
                "--out", tmp_path / "run", "--quiet", "--set", "max_steps=120", "--set", "lr=0.02", "--set", "batch_size=2")

@@ -106,14 +106,35 @@ def test_an_interrupted_overwrite_keeps_the_old_file(tmp_path):
 
     old, link = tmp_path / "old.txt", tmp_path / "link.txt"
     old.write_text("old", encoding="utf-8")
-    link.symlink_to(old)
+    try:
+        link.symlink_to(old)
+    except OSError:                                                   # Windows, without the right to make links
+        link = old
     with pytest.raises(KeyboardInterrupt):
         cli_generate.write_rows(interrupted(), link, True, overwrite=True)
     assert old.read_text(encoding="utf-8") == "old"
     assert (tmp_path / "old.txt.part").read_text(encoding="utf-8") == "first\n"
     cli_generate.write_rows([{"text": "a"}, {"text": "b"}], link, True, overwrite=True)
-    assert link.is_symlink() and old.read_text(encoding="utf-8") == "a\nb\n"
-    assert sorted(os.listdir(tmp_path)) == ["link.txt", "old.txt"]
+    assert old.read_text(encoding="utf-8") == "a\nb\n" and (link == old or link.is_symlink())
+    # what the interrupted run has left is not touched
+    assert (tmp_path / "old.txt.part").read_text(encoding="utf-8") == "first\n"
+    assert set(os.listdir(tmp_path)) == {link.name, "old.txt", "old.txt.part"}
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        cli_generate.write_rows((1 / 0 for _ in range(1)), tmp_path / "nowhere" / "out.txt", True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes and /dev/stdout are Unix's")
+def test_overwriting_keeps_the_mode_and_a_pipe_is_written_to(folder, tmp_path):
+    old = tmp_path / "old.txt"
+    old.write_text("old", encoding="utf-8")
+    old.chmod(0o600)
+    cli_generate.write_rows([{"text": "new"}], old, True, overwrite=True)
+    assert old.read_text(encoding="utf-8") == "new\n" and old.stat().st_mode & 0o777 == 0o600
+    done = subprocess.run([sys.executable, "-m", "minigpt", "generate", "One day", "--model", folder, "--max-new-tokens", "4",
+                           "--output", "/dev/stdout", "--overwrite"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prompt"] == "One day"
 
 
 def test_half_a_character_at_the_limit_is_no_stop():

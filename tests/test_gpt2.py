@@ -276,6 +276,8 @@ def test_names_of_models(tmp_path, monkeypatch):
         find_model("gpt5")
     with pytest.raises(ValueError, match="nowhere"):
         find_model(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="~nobody-of-this-name"):
+        find_model("~nobody-of-this-name/model")
     with pytest.raises(ValueError, match="no/such/folder"):
         GPT2.from_pretrained("no/such/folder")
     (tmp_path / "gpt2").mkdir()
@@ -378,6 +380,28 @@ def test_an_error_while_files_are_moved_leaves_everything(tiny, tmp_path, monkey
         assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert at > 3 and (tmp_path / "model" / "generation_config.json").exists()
     assert torch.equal(GPT2.from_pretrained(tmp_path / "model").wte.weight, other.wte.weight)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_files_that_cannot_be_put_back_are_not_lost(tiny, tmp_path, monkeypatch, error):
+    """From some move on all of them fail, those that put the old files back too: they stay in a folder beside."""
+    tiny.save_pretrained(tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    move, moves = os.replace, []
+
+    def failing(source, target):
+        moves.append(target)
+        if len(moves) > 2:
+            raise error("no longer")
+        move(source, target)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", failing)
+        with pytest.warns(UserWarning, match="could not be put back are in .*replaced"), pytest.raises(error):
+            GPT2(TINY).save_pretrained(tmp_path / "model", overwrite=True)
+    beside = [p for p in tmp_path.iterdir() if p.name != "model"]
+    assert len(beside) == 1 and "replaced" in beside[0].name
+    left = {p.name: p.read_bytes() for folder in (tmp_path / "model", *beside) for p in folder.iterdir()}
+    assert left == before and "model.safetensors" in left
 
 
 def test_files_of_two_models_are_never_taken_for_one(tiny, tmp_path, monkeypatch):

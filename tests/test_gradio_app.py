@@ -10,8 +10,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -622,6 +624,75 @@ def test_a_message_in_the_queue_is_stopped_too(small):
         assert [user for user, _ in here.session("stops").exchanges] == ["Hello"]
     finally:
         page.close(verbose=False)
+
+
+def test_messages_that_come_at_once_do_not_overfill_the_queue(small, tmp_path):
+    """Two visitors hold the places; of thirty that ask in the same moment two may wait, the others are told."""
+    first = ChatSession(*small, seed=1, max_new_tokens=8)
+    page = ui.gradio_app(first, votes=tmp_path / "votes.jsonl", waiting=2, visitors=64, uploads=False)
+    here = next(cell.cell_contents for f in page.fns.values() if f.fn.__name__ == "goodbye"
+                for cell in f.fn.__closure__ if isinstance(cell.cell_contents, ui.Visitors))
+    talk = next(n for n, f in page.fns.items() if f.fn.__name__ == "talk")
+    _, address, _ = page.launch(server_name="127.0.0.1", server_port=free_port(), quiet=True, inbrowser=False,
+                                prevent_thread_lock=True, **ui.page_style())
+
+    def join(visitor: str) -> int:
+        return ask(address, "queue/join", fn_index=talk, session_hash=visitor, data=["Hello", "none", "none", 0.7, 50, 0.9, 8])[0]
+    heard = {}
+    try:
+        with here.session("one")._turn, here.session("two")._turn:       # their answers cannot begin
+            for visitor in ("one", "two"):
+                assert join(visitor) == 200
+                heard[visitor] = told_of(address, visitor)
+                until(heard[visitor], "process_starts")
+            barrier = threading.Barrier(30)
+
+            def come(number: int) -> int:
+                barrier.wait()
+                return join(f"visitor {number}".replace(" ", ""))
+            with ThreadPoolExecutor(30) as crowd:
+                assert sorted(crowd.map(come, range(30))) == [200] * 2 + [503] * 28
+            assert len(page._queue) == 2
+        assert all(until(messages, "process_completed")["success"] for messages in heard.values())
+    finally:
+        page.close(verbose=False)
+
+
+def test_a_message_stopped_while_made_ready_ends_no_later_one(small, monkeypatch):
+    """The first one's documents load for long; it is stopped; the second one begins, and is answered to its end."""
+    gr = pytest.importorskip("gradio")
+    here = ui.Visitors(ChatSession(*small, seed=1, max_new_tokens=40))
+    with gr.Blocks(analytics_enabled=False) as page:
+        ui.chat_tab(here, {}, {}, uploads=False)
+    made = {f.fn.__name__: f for f in page.fns.values()}
+    loads, loaded, equip = threading.Event(), threading.Event(), ui.Visitors.equip
+
+    def slowly(self, name, kind, choice, value):
+        if threading.current_thread().name == "first" and kind == "documents":
+            loads.set()
+            loaded.wait()
+        return equip(self, name, kind, choice, value)
+    monkeypatch.setattr(ui.Visitors, "equip", slowly)
+
+    def request() -> SimpleNamespace:
+        return SimpleNamespace(session_hash="visitor", state=SimpleNamespace())
+    settings, heard = ["none", "none", 0.7, 50, 0.9, 40], []
+    asked = request()
+    made["talk"].validator(asked)
+    first = threading.Thread(target=lambda: heard.extend(made["talk"].fn(asked, "first", *settings)), name="first")
+    first.start()
+    loads.wait(60)
+    made["stop"].fn(request())
+    asked = request()
+    made["talk"].validator(asked)
+    second = made["talk"].fn(asked, "second", *settings)
+    next(second), next(second)                         # it is being answered
+    loaded.set()
+    first.join(60)
+    assert not first.is_alive()
+    list(second)
+    session = here.session("visitor")
+    assert [user for user, _ in session.exchanges] == ["second"] and session.finish_reason == "length"
 
 
 def test_uploaded_names_stay_in_their_folder(tmp_path):

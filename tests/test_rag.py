@@ -496,7 +496,7 @@ def test_another_embedding_model_must_rebuild(library, tmp_path, tiny, tokenizer
 
 @pytest.mark.parametrize("spoil", [
     lambda d: b"", lambda d: b"hello", lambda d: d[:-9], lambda d: d[:40], lambda d: b"\xff" * 200,
-    lambda d: d.replace(b"minigpt-index-1", b"minigpt-index-9"), lambda d: d.replace(b'"words"', b'"wards"'),
+    lambda d: d.replace(b"minigpt-index-2", b"minigpt-index-9"), lambda d: d.replace(b'"words"', b'"wards"'),
     lambda d: d.replace(b'"dtype":"F32"', b'"dtype":"F99"')])
 def test_a_broken_index_says_build_again(library, tmp_path, spoil):
     Index.build(library, tmp_path / "ix")

@@ -726,6 +726,27 @@ def test_no_body_is_read_whole_before_the_login(small, tmp_path, monkeypatch):
         assert send(url, "GET", "/config", headers=cookie)[0].status == 200
 
 
+@pytest.mark.parametrize("leaves", [True, False], ids=["the client leaves", "the client stalls"])
+def test_an_upload_that_breaks_off_leaves_no_file(small, tmp_path, monkeypatch, leaves):
+    import gradio as gr
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with gr.Blocks() as page:
+        gr.File()
+
+    def files():
+        return [found for found in tmp_path.rglob("*") if found.is_file()]
+    with running(create_app(*small, ui=page, limits=Limits(timeout=60 if leaves else 3))) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as client:
+            client.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 31000000\r\n"
+                           b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+                           b'Content-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n' + b"a" * 9_000_000)
+            wait_until(files)
+            if not leaves:
+                assert client.recv(100).startswith(b"HTTP/1.1 400")
+        wait_until(lambda: not files())
+
+
 def test_a_page_without_uploads_takes_no_files(small, tmp_path, monkeypatch):
     import gradio as gr
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))

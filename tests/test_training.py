@@ -65,10 +65,17 @@ def run_script(code: str, *args, env: dict | None = None) -> subprocess.Popen:
     ({"batch_size": -1}, "batch_size=-1"), ({"keep_last": 0}, "keep_last=0"), ({"parallel": "tp"}, "ddp, fsdp"),
     ({"compile": "False"}, "compile='False'"), ({"warmup_steps": "abc"}, "warmup_steps='abc'"), ({"lr": "x"}, "lr='x'"),
     ({"max_steps": 0}, "max_steps=0"), ({"max_steps": None, "max_seconds": 0.0}, "max_seconds=0.0"),
-    ({"batch_size": 2.5}, "batch_size=2.5"), ({"block_size": True}, "block_size=True"), ({"betas": (0.9,)}, "betas=")])
+    ({"batch_size": 2.5}, "batch_size=2.5"), ({"block_size": True}, "block_size=True"), ({"betas": (0.9,)}, "betas="),
+    ({"betas": 0.9}, "betas=0.9"), ({"max_steps": (5, None)}, "max_steps="), ({"device": 3}, "device=3")])
 def test_bad_settings_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu"), "cpu"])
+def test_a_device_is_what_pick_device_takes(device):
+    result = train(tiny(), stream(), TrainConfig(max_steps=1, device=device), progress=False)
+    assert result.step == 1
 
 
 def test_cosine_schedule_is_transformers(ledger):
@@ -368,7 +375,6 @@ def test_broken_file_falls_back(tmp_path, file, harm):
         assert saved.newest() == 1
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs resource limits")
 def test_a_save_never_removes_itself_nor_keeps_what_was_given_up(tmp_path):
     """Step 4 is broken, the run went back to 2 and saves 3: 3 stays, 4 goes."""
     saved = Checkpoints(tmp_path, keep=1)
@@ -392,6 +398,23 @@ def test_the_best_checkpoint_is_the_best_that_was_saved(tmp_path):
     saved.mark_best(50, -1.0)                                    # nothing can be better: it must survive going on
     train(tiny(), stream(), replace(config, max_steps=80), held=stream(400, 1), out=tmp_path, resume="force", progress=False)
     assert saved.best() == (50, -1.0) and saved.is_whole(50)
+
+
+@pytest.mark.parametrize("removed", ["newest", "all"])
+def test_best_is_not_the_note_of_a_part_that_was_given_up(tmp_path, removed):
+    """Step 20 was the best; it, or all, is deleted and the run goes on, or begins again, with a rate that does harm."""
+    config = TrainConfig(max_steps=20, lr=1e-2, warmup_steps=5, eval_every=10, save_every=10, keep_last=9, device="cpu")
+    train(tiny(), stream(), config, held=stream(400, 1), out=tmp_path, progress=False)
+    saved = Checkpoints(tmp_path)
+    assert saved.best()[0] == 20
+    for step in saved.steps() if removed == "all" else [20]:
+        shutil.rmtree(saved.path(step))
+    train(tiny(), stream(), replace(config, max_steps=40, lr=1e-4), held=stream(400, 1), out=tmp_path,
+          resume="force" if removed == "newest" else False, progress=False)
+    held = {int(r["step"]): r["held"] for r in t.read_log(tmp_path / "log.csv") if "held" in r}
+    assert saved.steps() == [10, 20, 30, 40]
+    step, loss = saved.best()
+    assert loss == pytest.approx(held[step])
 
 
 def test_best_is_not_a_checkpoint_that_could_not_be_written(tmp_path, monkeypatch):
@@ -425,6 +448,7 @@ def test_interrupted_between_two_renames_the_older_folder_stays(tmp_path, monkey
     assert (folder / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["step"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs resource limits")
 def test_full_disk_loses_nothing(tmp_path):
     """Writes really fail: from step 20 on, no file of the process may grow over 10 kB."""
     code = """
@@ -505,6 +529,15 @@ def test_a_damaged_line_of_the_log_does_not_stop_a_run(tmp_path, damage):
         file.write(damage)
     with pytest.warns(UserWarning, match="damaged"):
         train(tiny(), stream(), config, out=tmp_path, resume=True, progress=False)
+    assert [row["step"] for row in t.read_log(tmp_path / "log.csv")] == [5, 10, 15, 20]
+
+
+def test_a_log_that_an_editor_has_saved_with_a_mark_is_read_whole(tmp_path):
+    config = TrainConfig(max_steps=10, log_every=5, save_every=10, device="cpu")
+    train(tiny(), stream(), config, out=tmp_path, progress=False)
+    text = (tmp_path / "log.csv").read_text(encoding="utf-8")
+    (tmp_path / "log.csv").write_text(text, encoding="utf-8-sig")
+    train(tiny(), stream(), replace(config, max_steps=20), out=tmp_path, resume="force", progress=False)
     assert [row["step"] for row in t.read_log(tmp_path / "log.csv")] == [5, 10, 15, 20]
 
 
@@ -931,7 +964,7 @@ def test_changed_data_and_a_changed_tokenizer_are_not_passed_over(tmp_path):
             shutil.rmtree(old)
         (tmp_path / "run" / "log.csv").unlink(missing_ok=True)
         result = t.run_recipe(recipe, out=tmp_path / "run", changes=changes, progress=False)
-        newest = max((tmp_path / "run" / "data").glob("train-*"), key=lambda p: p.stat().st_mtime_ns)
+        newest = max((tmp_path / "run" / "data").glob("train-*.tokens"), key=lambda p: p.stat().st_mtime_ns)
         return len(TokenFile(newest, BPETokenizer.from_pretrained(tmp_path / "run" / "tokenizer"))), result.model.config.vocab_size
     first = tokens()
     assert tokens() == first
@@ -939,6 +972,44 @@ def test_changed_data_and_a_changed_tokenizer_are_not_passed_over(tmp_path):
     assert tokens()[0] > 1.5 * first[0]
     recipe["tokenizer"]["train"] = 265
     assert tokens()[1] < first[1]
+
+
+def test_a_run_that_has_begun_keeps_its_tokenizer_and_tokens(tmp_path):
+    """Its text changes, and then is gone: a second run is refused and damages nothing, and resuming goes on."""
+    book = tmp_path / "book.txt"
+    book.write_text("The fox met the dog. " * 100, encoding="utf-8")
+    recipe = make_recipe([str(book)], [], "nano", None, 270)
+    changes = {"max_steps": 2, "batch_size": 1, "block_size": 16, "device": "cpu"}
+    t.run_recipe(recipe, out=tmp_path / "run", changes=changes, progress=False)
+
+    def made():
+        return {file: file.read_bytes() for part in ("tokenizer", "data") for file in (tmp_path / "run" / part).iterdir()}
+    before = made()
+    book.write_text("A bird sang to the hen. " * 300, encoding="utf-8")
+    with pytest.warns(UserWarning, match="is kept, as this run began with it"), \
+            pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        t.run_recipe(recipe, out=tmp_path / "run", changes=changes, progress=False)
+    assert made() == before
+    book.unlink()
+    with pytest.warns(UserWarning, match="has changed or is gone"):
+        result = t.run_recipe(recipe, out=tmp_path / "run", changes=changes, resume=True, progress=False)
+    assert result.step == 2 and made() == before
+
+
+def test_a_folder_of_texts_is_packed_anew_when_a_file_in_it_changes(tmp_path):
+    (tmp_path / "texts" / "more").mkdir(parents=True)
+    book = tmp_path / "texts" / "more" / "a.txt"
+    tokenizer = BPETokenizer.from_pretrained()
+    recipe = {"phase": [{"text": "texts"}]}
+
+    def count():
+        phases, _ = t.recipe_phases(recipe, SHAPE, TrainConfig(), tokenizer, tmp_path / "run", tmp_path)
+        return len(phases[0].data)
+    book.write_text("The fox met the dog. " * 10, encoding="utf-8")
+    first = count()
+    assert count() == first
+    book.write_text("The fox met the dog. " * 40, encoding="utf-8")
+    assert count() > 3 * first
 
 
 def test_a_stream_cannot_be_split_and_names_its_columns():
