@@ -18,7 +18,6 @@ __all__ = ['Ids', 'Processor', 'Strategy', 'Draft', 'NOTHING', 'EMPTY', 'CLASSES
            'allowed_tokens', 'RegexConstraint', 'choice_constraint']
 
 # %% ../nbs/05_generation.ipynb #imports
-import copy
 import random
 import re
 import warnings
@@ -1270,7 +1269,8 @@ Draft = Callable[[list[int], int, random.Random],
 class ModelDraft:
     """Guesses by a (smaller) model with the same vocabulary.
 
-    prompt: how many ids of each text are the prompt's (all, unless given).
+    prompt: how many ids of each text are the prompt's (all, unless given);
+      speculative decoding sets it for its texts.
     """
 
     def __init__(self, model: GPT2, options: Options | None = None,
@@ -1282,7 +1282,7 @@ class ModelDraft:
                  ) -> tuple[list[int], list[Tensor]]:
         """Up to `count` guesses after ids; the chances (V,) of each draw."""
         guesses, chances = [], []
-        step = 0 if self.prompt is None else len(ids) - self.prompt
+        step = 0 if self.prompt is None else max(0, len(ids) - self.prompt)
         room = self.decoder.config.block_size - len(ids) + 1
         for i in range(min(count, room)):
             logits = (self.decoder.feed([guesses[-1:]]) if i
@@ -1354,6 +1354,7 @@ class Speculative:
     def __init__(self, prompt: list[int], options: Options, limit: int,
                  result: Generation, draft: Draft, guesses: int):
         self.ids, self.draft, self.count = list(prompt), draft, guesses
+        self.prompt = len(prompt)
         self.options, self.chain = options, chain(options)
         self.rng = random.Random(row_seeds(options.seed, 1)[0])
         self.limit, self.result = limit, result
@@ -1378,6 +1379,8 @@ class Speculative:
                 break
         forget = len(self.guesses) - accepted
         room = self.limit - len(self.result.ids) - 1
+        if isinstance(self.draft, ModelDraft):     # it may serve other texts
+            self.draft.prompt = self.prompt
         self.guesses, self.chances = self.draft(
             self.ids, min(self.count, room), self.rng)
         return Move(new, [[token, *self.guesses]], forget=forget)
@@ -1414,9 +1417,6 @@ def speculate(model: GPT2, draft: GPT2 | Draft, ids: Sequence[int] | Tensor,
         draft = ModelDraft(draft, options)
     rows, _ = as_prompts(ids, model.config.vocab_size)
     rows, limit = fit(rows[:1], options, model.config.block_size)
-    if isinstance(draft, ModelDraft):
-        draft = copy.copy(draft)               # it may serve other texts too
-        draft.prompt = len(rows[0])
     result = Generation()
     strategy = Speculative(rows[0], options, limit, result, draft, guesses)
     decoder = decoder or Decoder(model)

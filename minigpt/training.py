@@ -48,8 +48,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .bpe import BPETokenizer
-from .data import (TokenFile, Windows, WindowSampler, load_chats,
-                          load_text, pack, split_held, tokenizer_hash)
+from .data import (ROW_FILES, TEXT_FILES, TokenFile, Windows,
+                          WindowSampler, find_files, load_chats, load_text,
+                          pack, split_held, tokenizer_hash)
 from .gpt2 import (ASSETS, GPT2, GPT2Config, Memory, pick_device,
                           pick_dtype)
 
@@ -772,6 +773,11 @@ class Checkpoints:
             warnings.warn(f"{self.path(step)} is broken: trying an older one")
         return None
 
+    def give_up_after(self, step: int) -> None:
+        """Forget the best one if it is later: a broken one, for example."""
+        if (self.best()[0] or 0) > step:
+            (self.folder / "best.json").unlink()
+
     def mark_best(self, step: int, loss: float) -> None:
         """Note that a checkpoint has the lowest held-out loss so far."""
         aside = self.folder / ".best.json"
@@ -998,6 +1004,8 @@ def resume_run(run: Run, force: bool = False) -> None:
     force: accept settings that differ, else they raise ValueError.
     """
     newest = run.saved.newest() if run.saved else None
+    if run.saved and not run.ranks.rank:
+        run.saved.give_up_after(newest or 0)
     if newest is None:
         return
     weights, moments, state = run.saved.load(newest)
@@ -1774,11 +1782,11 @@ def file_sums(part: dict[str, Any], folder: str | Path = "."
     for name in [name for kind in ("text", "chats")
                  for name in np.atleast_1d(part.get(kind, [])).tolist()]:
         place = Path(find_data(name, folder))
-        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+        inside = (find_files(place, TEXT_FILES | ROW_FILES) if place.is_dir()
+                  else [place] if place.is_file() else [])
         for file in inside:
-            if file.is_file():
-                key = (Path(name) / file.relative_to(place)).as_posix()
-                sums[key] = file_check(file)
+            key = (Path(name) / file.relative_to(place)).as_posix()
+            sums[key] = file_check(file)
     return sums
 
 
@@ -1855,6 +1863,7 @@ def recipe_tokens(rows: Callable[[], list], path: Path,
     note = path.with_suffix(".json")
     if not ranks.rank and not is_current(path, note, source, begun):
         path.parent.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
         found = rows()
         if not found:
             raise ValueError("there is no document to pack: name text or "
@@ -1894,6 +1903,7 @@ def recipe_tokenizer(recipe: dict, out: Path, folder: str | Path = ".",
         if not texts:
             raise ValueError("a packed file has no text to train a tokenizer "
                              "on: name the one that it was packed with")
+        note.unlink(missing_ok=True)
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         BPETokenizer.train(texts, wanted["train"], special,
                            progress=False).save_pretrained(

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import ipywidgets as widgets
 import torch
@@ -894,10 +894,11 @@ def queue_in_turn(page, waiting: int):
     """Gradio's Blocks with a queue for so many messages, also where more
     of them come in the same moment."""
     queue = page.queue(max_size=waiting)._queue
-    door, push = asyncio.Lock(), queue.push
+    push, doors = queue.push, WeakKeyDictionary()   # one for each event loop
 
     async def push_alone(*args, **kwargs) -> tuple:
-        async with door:
+        loop = asyncio.get_running_loop()
+        async with doors.setdefault(loop, asyncio.Lock()):
             return await push(*args, **kwargs)
 
     queue.push = push_alone

@@ -232,12 +232,16 @@ def test_a_draft_counts_new_tokens_as_the_model_does():
 
 def test_a_draft_of_ones_own_kind_is_called_as_every_draft():
     class Mine(g.ModelDraft):
+        calls = 0
+
         def __call__(self, ids, count, rng):
+            self.calls += 1
             return super().__call__(ids, count, rng)
     model = tiny()  # noqa: F811
     options = g.Options(temperature=0, max_new_tokens=9, processors=[in_turn([3, 1, 4, 1, 5, 9, 2, 6, 5])])
-    tokens = g.speculate(model, Mine(model, options), [7, 8], options, guesses=3)
-    assert list(tokens) == [3, 1, 4, 1, 5, 9, 2, 6, 5] and tokens.result.steps == 3
+    mine = Mine(model, options)
+    tokens = g.speculate(model, mine, [7, 8], options, guesses=3)
+    assert list(tokens) == [3, 1, 4, 1, 5, 9, 2, 6, 5] and tokens.result.steps == 3 and mine.calls == 2
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -626,36 +626,44 @@ def test_a_message_in_the_queue_is_stopped_too(small):
         page.close(verbose=False)
 
 
-def test_messages_that_come_at_once_do_not_overfill_the_queue(small, tmp_path):
-    """Two visitors hold the places; of thirty that ask in the same moment two may wait, the others are told."""
+@pytest.mark.parametrize("launches", [1, 2])
+def test_messages_that_come_at_once_do_not_overfill_the_queue(small, tmp_path, launches):
+    """Two visitors hold the places; of thirty that ask in the same moment two may wait, the others are told. Also on a
+    page that was closed and launched again."""
     first = ChatSession(*small, seed=1, max_new_tokens=8)
-    page = ui.gradio_app(first, votes=tmp_path / "votes.jsonl", waiting=2, visitors=64, uploads=False)
+    page = ui.gradio_app(first, votes=tmp_path / "votes.jsonl", waiting=2, visitors=99, uploads=False)
     here = next(cell.cell_contents for f in page.fns.values() if f.fn.__name__ == "goodbye"
                 for cell in f.fn.__closure__ if isinstance(cell.cell_contents, ui.Visitors))
     talk = next(n for n, f in page.fns.items() if f.fn.__name__ == "talk")
-    _, address, _ = page.launch(server_name="127.0.0.1", server_port=free_port(), quiet=True, inbrowser=False,
-                                prevent_thread_lock=True, **ui.page_style())
+    for launch_number in range(launches):
+        _, address, _ = page.launch(server_name="127.0.0.1", server_port=free_port(), quiet=True, inbrowser=False,
+                                    prevent_thread_lock=True, **ui.page_style())
 
-    def join(visitor: str) -> int:
-        return ask(address, "queue/join", fn_index=talk, session_hash=visitor, data=["Hello", "none", "none", 0.7, 50, 0.9, 8])[0]
-    heard = {}
-    try:
-        with here.session("one")._turn, here.session("two")._turn:       # their answers cannot begin
-            for visitor in ("one", "two"):
-                assert join(visitor) == 200
-                heard[visitor] = told_of(address, visitor)
-                until(heard[visitor], "process_starts")
-            barrier = threading.Barrier(30)
+        def join(visitor: str) -> int:
+            return ask(address, "queue/join", fn_index=talk, session_hash=f"{visitor}{launch_number}",
+                       data=["Hello", "none", "none", 0.7, 50, 0.9, 8])[0]
+        heard = {}
+        try:
+            with here.session(f"one{launch_number}")._turn, here.session(f"two{launch_number}")._turn:   # they cannot begin
+                for visitor in ("one", "two"):
+                    assert join(visitor) == 200
+                    heard[visitor] = told_of(address, f"{visitor}{launch_number}")
+                    until(heard[visitor], "process_starts")
+                barrier = threading.Barrier(30)
 
-            def come(number: int) -> int:
-                barrier.wait()
-                return join(f"visitor {number}".replace(" ", ""))
-            with ThreadPoolExecutor(30) as crowd:
-                assert sorted(crowd.map(come, range(30))) == [200] * 2 + [503] * 28
-            assert len(page._queue) == 2
-        assert all(until(messages, "process_completed")["success"] for messages in heard.values())
-    finally:
-        page.close(verbose=False)
+                def come(number: int) -> int:
+                    barrier.wait()
+                    return join(f"visitor{number}-")
+                with ThreadPoolExecutor(30) as crowd:
+                    assert sorted(crowd.map(come, range(30))) == [200] * 2 + [503] * 28
+                assert len(page._queue) == 2
+            assert all(until(messages, "process_completed")["success"] for messages in heard.values())
+            end = time.monotonic() + 60
+            while len(page._queue):
+                assert time.monotonic() < end, "messages are left in the queue"
+                time.sleep(0.05)
+        finally:
+            page.close(verbose=False)
 
 
 def test_a_message_stopped_while_made_ready_ends_no_later_one(small, monkeypatch):
@@ -670,7 +678,7 @@ def test_a_message_stopped_while_made_ready_ends_no_later_one(small, monkeypatch
     def slowly(self, name, kind, choice, value):
         if threading.current_thread().name == "first" and kind == "documents":
             loads.set()
-            loaded.wait()
+            loaded.wait(60)
         return equip(self, name, kind, choice, value)
     monkeypatch.setattr(ui.Visitors, "equip", slowly)
 
@@ -679,7 +687,7 @@ def test_a_message_stopped_while_made_ready_ends_no_later_one(small, monkeypatch
     settings, heard = ["none", "none", 0.7, 50, 0.9, 40], []
     asked = request()
     made["talk"].validator(asked)
-    first = threading.Thread(target=lambda: heard.extend(made["talk"].fn(asked, "first", *settings)), name="first")
+    first = threading.Thread(target=lambda: heard.extend(made["talk"].fn(asked, "first", *settings)), name="first", daemon=True)
     first.start()
     loads.wait(60)
     made["stop"].fn(request())

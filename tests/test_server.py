@@ -735,7 +735,7 @@ def test_an_upload_that_breaks_off_leaves_no_file(small, tmp_path, monkeypatch, 
 
     def files():
         return [found for found in tmp_path.rglob("*") if found.is_file()]
-    with running(create_app(*small, ui=page, limits=Limits(timeout=60 if leaves else 3))) as url:
+    with running(create_app(*small, ui=page, limits=Limits(timeout=60 if leaves else 8))) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=60) as client:
             client.sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 31000000\r\n"

@@ -417,6 +417,22 @@ def test_best_is_not_the_note_of_a_part_that_was_given_up(tmp_path, removed):
     assert loss == pytest.approx(held[step])
 
 
+def test_best_is_not_a_broken_one_that_was_given_up(tmp_path):
+    """Step 20, the best, is damaged; the run goes on from 10, saves at other steps, and keeps the best of those."""
+    config = TrainConfig(max_steps=20, lr=1e-2, warmup_steps=5, eval_every=10, save_every=10, keep_last=1, device="cpu")
+    train(tiny(), stream(), replace(config, keep_last=2), held=stream(400, 1), out=tmp_path, progress=False)
+    saved = Checkpoints(tmp_path)
+    assert saved.steps() == [10, 20] and saved.best()[0] == 20
+    weights = saved.path(20) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.warns(UserWarning, match="is broken"):
+        train(tiny(), stream(), replace(config, max_steps=45, lr=1e-4, save_every=7, eval_every=7), held=stream(400, 1),
+              out=tmp_path, resume="force", progress=False)
+    held = {int(r["step"]): r["held"] for r in t.read_log(tmp_path / "log.csv") if "held" in r and r["step"] > 10}
+    assert saved.best() == (min(held, key=held.get), pytest.approx(min(held.values())))
+    assert all(saved.is_whole(step) for step in saved.steps()) and max(saved.steps()) == 45
+
+
 def test_best_is_not_a_checkpoint_that_could_not_be_written(tmp_path, monkeypatch):
     config = TrainConfig(max_steps=20, eval_every=10, save_every=10, device="cpu")
     save, failed = Checkpoints.save, []
@@ -1007,7 +1023,9 @@ def test_a_folder_of_texts_is_packed_anew_when_a_file_in_it_changes(tmp_path):
         return len(phases[0].data)
     book.write_text("The fox met the dog. " * 10, encoding="utf-8")
     first = count()
-    assert count() == first
+    (tmp_path / "texts" / ".DS_Store").write_bytes(b"\0")     # nobody reads this one
+    before = [file.stat().st_mtime_ns for file in (tmp_path / "run" / "data").iterdir()]
+    assert count() == first and before == [file.stat().st_mtime_ns for file in (tmp_path / "run" / "data").iterdir()]
     book.write_text("The fox met the dog. " * 40, encoding="utf-8")
     assert count() > 3 * first
 
