@@ -276,8 +276,10 @@ def test_names_of_models(tmp_path, monkeypatch):
         find_model("gpt5")
     with pytest.raises(ValueError, match="nowhere"):
         find_model(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="~nobody-of-this-name"):
+    with pytest.raises(ValueError, match="~nobody-of-this-name"):
         find_model("~nobody-of-this-name/model")
+    with pytest.raises(FileNotFoundError, match="~nobody-of-this-name"):
+        BPETokenizer.from_pretrained("~nobody-of-this-name/model")
     with pytest.raises(ValueError, match="no/such/folder"):
         GPT2.from_pretrained("no/such/folder")
     (tmp_path / "gpt2").mkdir()
