@@ -172,7 +172,10 @@ def test_reference_has_every_public_name():
     ("One line.", "One line."),
     ("Do it.\n\nsize: how many,\n  and more.\nRaises ValueError.", "Do it.\n\n- `size`: how many, and more.\n\nRaises ValueError."),
     ("k and v (S, D): keys.", "- `k` and `v` (S, D): keys."),
-    ("A `name` and x_y.", r"A `name` and x\_y.")])
+    ("A `name` and x_y.", r"A `name` and x\_y."),
+    ("Do it.\n\n\b\nExamples:\n  do it\n  do_it x\n    --as y\n\nAnd more.",
+     "Do it.\n\nExamples:\n\n```sh\ndo it\ndo_it x\n  --as y\n```\n\nAnd more."),
+    ("Example:\n\n    do it | cat\n\n    do more", "Example:\n\n```sh\ndo it | cat\ndo more\n```")])
 def test_docstrings_as_markdown(doc, said):
     assert reference.doc_markdown(doc) == said
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,11 +147,25 @@ def escaped(text: str) -> str:
 
 
 def doc_markdown(doc: str) -> str:
-    """A docstring as Markdown: paragraphs, and a list of its explained arguments."""
-    blocks: list[list[str]] = []         # ["p" or "-", text]
+    """A docstring as Markdown: paragraphs, a list of its explained arguments, and a block of code for its examples."""
+    blocks: list[list[str]] = []         # ["p", "-" or "code", text]
+    example = False
     for paragraph in doc.split("\n\n"):
+        told = [line for line in paragraph.splitlines() if line.strip(" \b")]
+        if told and told[0].strip() in ("Example:", "Examples:"):
+            blocks.append(["p", told[0].strip()])
+            example, told = True, told[1:]
+        else:
+            example = example and all(line.startswith("    ") for line in told)
+        if example and told:
+            code = textwrap.dedent("\n".join(told))
+            if blocks[-1][0] == "code":
+                blocks[-1][1] += f"\n{code}"
+            else:
+                blocks.append(["code", code])
+            continue
         fresh = True
-        for line in paragraph.splitlines():
+        for line in told:
             text = line.strip()
             argument = ARGUMENT.match(text)
             if argument and not line.startswith(" "):
@@ -166,7 +181,7 @@ def doc_markdown(doc: str) -> str:
     for kind, text in blocks:
         if lines and not (kind == before == "-"):
             lines.append("")
-        lines.append(f"- {text}" if kind == "-" else text)
+        lines.append({"-": f"- {text}", "code": f"```sh\n{text}\n```"}.get(kind, text))
         before = kind
     return "\n".join(lines)
 
