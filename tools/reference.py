@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ast
 import re
-import textwrap
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
