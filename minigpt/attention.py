@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plot_pattern', 'causal_mask', 'attention', 'split_heads', 'merge_heads', 'attend', 'CausalSelfAttention',
-           'plot_heads']
+           'plot_heads', 'minus_columns', 'attention_backward', 'BlockwiseAttention', 'in_blocks']
 
 # %% ../nbs/02_attention.ipynb #imports
 import math
@@ -117,12 +117,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
 
     q (B, H, T, D), k and v (B, H, S, D); `mask`: bool, broadcast to
     (B, H, T, S), in place of the causal one. `tap` is called with a name and
-    a tensor for q, k, v, pattern (B, H, T, S) and z, the result.
+    a tensor for q, k, v, pattern (B, H, T, S) and z, the result. Where
+    in_blocks() says so, gradients come from BlockwiseAttention.
     """
     T, S = q.shape[2], k.shape[2]
     if mask is None and 1 < T < S:  # is_causal would align it wrongly
         mask = causal_mask(T, S, q.device)
     causal = mask is None and T > 1
+    if causal and tap is None and q.dtype == torch.bfloat16 and in_blocks(
+            q, k, v):
+        return BlockwiseAttention.apply(q, k, v)  # section 9
     if tap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                               is_causal=causal)
@@ -191,3 +195,82 @@ def plot_heads(patterns: Tensor, tokens: Sequence[str],
         else:
             ax.axis("off")
     return figure
+
+# %% ../nbs/02_attention.ipynb #back-minus
+def minus_columns(x: Tensor, amount: Tensor) -> Tensor:
+    """x (..., D) with three more columns, which take `amount` (..., 1) off.
+
+    The result (..., D + 3), times a matrix whose last three rows are ones,
+    is x times the rest of that matrix, minus `amount`. Each column holds
+    what rounding to x's dtype left over of the one before.
+    """
+    columns = [x]
+    for _ in range(3):
+        columns.append(-amount.to(x.dtype))
+        amount = amount + columns[-1]
+    return torch.cat(columns, dim=-1)
+
+# %% ../nbs/02_attention.ipynb #back-blocks
+@torch.no_grad()
+def attention_backward(q: Tensor, k: Tensor, v: Tensor, z: Tensor,
+                       lse: Tensor, g: Tensor, rows: int = 128
+                       ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of causal attention for q, k and v, `rows` queries at a time.
+
+    All (N, T, D), but lse (N, T): z is the result, g its gradient, lse the
+    log of the sum that the softmax divides by. The formulas are those of
+    FlashAttention-2 (Dao, 2023), section 2.3.
+    """
+    wide, scale = lse.dtype, 1 / math.sqrt(q.shape[2])
+    q_less = minus_columns(q, lse[..., None] / scale)    # (N, T, D + 3)
+    g_less = minus_columns(g, (g.to(wide) * z).sum(-1, keepdim=True))
+    ones = torch.ones_like(k[..., :3])
+    k_ones, v_ones = (torch.cat([t, ones], dim=-1) for t in (k, v))
+    dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
+    for a in range(0, q.shape[1], rows):
+        b = a + rows                                     # slices end at T
+        p = q_less[:, a:b] @ k_ones[:, :b].mT            # (N, rows, b)
+        p.mul_(scale).exp_()
+        p[..., a:].tril_()                               # the pattern
+        dv[:, :b] += p.mT @ g[:, a:b]
+        p *= g_less[:, a:b] @ v_ones[:, :b].mT           # becomes ds
+        dq[:, a:b] = p @ k[:, :b]
+        dk[:, :b] += p.mT @ q[:, a:b]
+    return tuple(t.to(q.dtype) for t in (dq * scale, dk * scale, dv))
+
+# %% ../nbs/02_attention.ipynb #back-class
+class BlockwiseAttention(torch.autograd.Function):
+    """Causal SDPA on a CPU that goes back by attention_backward().
+
+    apply(q, k, v): (B, H, T, D) each, one dtype, gives (B, H, T, D). Keeps
+    what SDPA keeps: its inputs, the result, and one number for each query.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        z, lse = flash(q, k, v, is_causal=True)
+        ctx.save_for_backward(q, k, v, z, lse)
+        return z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor, ...]:
+        saved = [t.flatten(0, 1) for t in (*ctx.saved_tensors, g)]
+        return tuple(d.view(g.shape) for d in attention_backward(*saved))
+
+# %% ../nbs/02_attention.ipynb #back-when
+def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether causal attention of these goes back by BlockwiseAttention.
+
+    It does for bfloat16 of one shape on a CPU with AVX-512, if gradients are
+    wanted, nothing is compiled, and sdpa_kernel() allows the flash kernel.
+    """
+    return (all(t.device.type == "cpu" and t.dtype == torch.bfloat16
+                and t.shape == q.shape and t.stride(-1) == 1
+                for t in (q, k, v))
+            and q.numel() > 0 and torch.is_grad_enabled()
+            and any(t.requires_grad for t in (q, k, v))
+            and torch.backends.cpu.get_cpu_capability() == "AVX512"
+            and torch.backends.cuda.flash_sdp_enabled()  # on CPUs too
+            and not torch.compiler.is_compiling())

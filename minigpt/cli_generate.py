@@ -183,11 +183,11 @@ def write_rows(rows: Iterable[dict], output: Path | None, plain: bool,
     target = output.resolve() if replaces else output
     with (open_part(target) if replaces
           else open(target, "w", encoding="utf-8")) as file:
+        if replaces:
+            shutil.copymode(target, file.name)
         print_rows(itertools.chain(first, rows), file, plain)
     if replaces:
-        shutil.copymode(target, file.name)
         os.replace(file.name, target)
-
 
 # %% ../nbs/05_generation.ipynb #makedraft
 def make_draft(name: str | None, options, tokenizer, device="cpu"):

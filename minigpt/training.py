@@ -120,7 +120,6 @@ def fits(value: Any, hint: Any) -> bool:
         return bool in kinds
     return isinstance(value, tuple(NUMBERS.get(k, k) for k in kinds))
 
-
 # %% ../nbs/04_training.ipynb #check-config
 ALLOWED = {"schedule": ("cosine", "wsd", "constant"),
            "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -552,7 +551,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         model.train(training)
 
-
 # %% ../nbs/04_training.ipynb #held-out-loss
 @torch.no_grad()
 def held_out_loss(model: nn.Module, data: Any, *, windows: int = 64,
@@ -834,7 +832,6 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
     if len(rows) < seen:
         warnings.warn(f"{path}: {seen - len(rows)} damaged lines left out")
     return rows
-
 
 # %% ../nbs/04_training.ipynb #csv-log
 COLUMNS = ("step", "tokens", "seconds", "loss", "lr", "norm",
@@ -1283,7 +1280,7 @@ def train(model: GPT2, data: Any, config: TrainConfig = TrainConfig(), *,
     check_memory(run)
     if resume:
         resume_run(run, force=resume == "force")
-    stopped = run_loop(run, held, list(callbacks), progress)
+    stopped = run_loop(run, held, callbacks, progress)
     model.eval()
     return TrainResult(model, run.history, run.step, stopped, out)
 
@@ -1789,7 +1786,6 @@ def file_sums(part: dict[str, Any], folder: str | Path = "."
             sums[key] = file_check(file)
     return sums
 
-
 # %% ../nbs/04_training.ipynb #is-current
 def is_current(made: Path, note: Path, source: str, begun: bool) -> bool:
     """Whether `made` is there and `note` says that it is made of `source`.
@@ -1804,7 +1800,6 @@ def is_current(made: Path, note: Path, source: str, begun: bool) -> bool:
                       "what it was made of has changed or is gone; for a run "
                       "on what is there now, choose another folder (out)")
     return same or begun
-
 
 # %% ../nbs/04_training.ipynb #split-rows
 def split_rows(rows: list, share: float) -> tuple[list, list]:
@@ -1821,7 +1816,6 @@ def split_rows(rows: list, share: float) -> tuple[list, list]:
         raise ValueError(f"{len(rows)} documents are too few to hold out "
                          f"{share:.0%} of them: add some, or name [held]")
     return rest, held
-
 
 # %% ../nbs/04_training.ipynb #recipe-rows
 def recipe_rows(part: dict[str, Any], folder: str | Path = ".",
@@ -1893,7 +1887,8 @@ def recipe_tokenizer(recipe: dict, out: Path, folder: str | Path = ".",
         return BPETokenizer.from_pretrained(wanted.get("name"))
     place, first = out / "tokenizer", recipe["phase"][0]
     note, begun = place / "made_from.json", bool(Checkpoints(out).steps())
-    source = json.dumps([first, wanted["train"], file_sums(first, folder)])
+    source = "" if ranks.rank else json.dumps(
+        [first, wanted["train"], file_sums(first, folder)])
     if not ranks.rank and not is_current(place / "tokenizer.json", note,
                                          source, begun):
         rows = recipe_rows(first, folder)

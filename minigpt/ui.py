@@ -904,7 +904,6 @@ def queue_in_turn(page, waiting: int):
     queue.push = push_alone
     return page
 
-
 # %% ../nbs/10_chat_ui.ipynb #gradio-app
 def gradio_app(session: ChatSession | None = None, *,
                adapters: Sequence[str | Path] = (), card: str | None = None,

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from exercise_cells import exercises, said
-from minigpt.attention import (CausalSelfAttention, attend, attention, causal_mask, merge_heads, plot_heads,
-                               plot_pattern, split_heads)
+from minigpt.attention import (BlockwiseAttention, CausalSelfAttention, attend, attention, attention_backward, causal_mask,
+                               merge_heads, minus_columns, plot_heads, plot_pattern, split_heads)
 
 torch.manual_seed(0)
 
@@ -111,6 +111,147 @@ def test_bad_input_names_the_value(call, error, words):
     with pytest.raises(error) as caught:
         call(torch.randn(2, 5, 8))
     assert words in str(caught.value)
+
+
+# ------------------------------------------------------------------ the way back in blocks
+
+def gradients(function, q, k, v, g, dtype):
+    """The result and the gradients of q, k and v, computed in `dtype`."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+    z = function(*leaves)
+    return z, torch.autograd.grad(z, leaves, g.to(dtype))
+
+
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 128])
+@pytest.mark.parametrize("B, H, T, D", [(1, 1, 1, 8), (2, 3, 20, 16), (1, 2, 300, 64)])
+def test_way_back_in_blocks_equals_torchs(B, H, T, D, rows, ledger):
+    q, k, v, g = torch.randn(4, B, H, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(T + rows))
+    z, wanted = gradients(sdpa, q, k, v, g, torch.float64)
+    scores = (q @ k.mT / math.sqrt(D)).masked_fill(~causal_mask(T), -math.inf)
+    found = attention_backward(*(t.flatten(0, 1) for t in (q, k, v, z, scores.logsumexp(-1), g)), rows)
+    error = max((a.view(B, H, T, D) - b).abs().max().item() for a, b in zip(found, wanted))
+    ledger(f"way back of attention in blocks of {rows} = SDPA's, {B}x{H}x{T}x{D}, float64", error, peer="torch", bound=1e-12)
+    assert error < 1e-12
+
+
+def off(found, wanted):
+    """How far the gradients of q, k and v are from the right ones, each as a share of its length."""
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, wanted)]
+
+
+@pytest.mark.parametrize("size, factor", [(1, 3.8), (3, 1.5), (10, 1.5), (100, 1.5)])
+@pytest.mark.parametrize("B, H, T, D", [(2, 4, 256, 64), (3, 2, 45, 16), (1, 4, 500, 32)])
+def test_bfloat16_gradients_against_torchs_own(B, H, T, D, size, factor, ledger):
+    """Scores of about 1 to 10,000: off by up to 3.8 times as much as torch's bfloat16 where patterns are even, else alike."""
+    q, k, v, g = torch.randn(4, B, H, T, D, generator=torch.Generator().manual_seed(D)).bfloat16()
+    q, k = size * q, size * k
+    z, found = gradients(BlockwiseAttention.apply, q, k, v, g, torch.bfloat16)
+    same, torchs = gradients(sdpa, q, k, v, g, torch.bfloat16)
+    assert torch.equal(z, same)
+    _, wanted = gradients(sdpa, q, k, v, g, torch.float64)
+    ours, theirs = off(found, wanted), off(torchs, wanted)
+    if size == 100:                      # each query looks at one key: nothing but rounding is left for q and k
+        ours, theirs = ours[2:], theirs[2:]
+    worst = max(a / b for a, b in zip(ours, theirs))
+    ledger(f"bfloat16 gradients of attention, {B}x{H}x{T}x{D}, scores x {size * size}: error over SDPA's", worst, peer="torch",
+           bound=factor)
+    assert worst < factor
+    assert max(ours) < 0.02
+
+
+def test_many_blocks_are_summed_in_32_bits():
+    q, k, v, g = torch.randn(4, 1, 2, 1000, 32, generator=torch.Generator().manual_seed(5)).bfloat16()
+    wide = [t[0].double().requires_grad_() for t in (q, k, v)]
+    z = sdpa(*wide)
+    wanted = torch.autograd.grad(z, wide, g[0].double())
+    scores = (wide[0] @ wide[1].mT / math.sqrt(32)).masked_fill(~causal_mask(1000), -math.inf).detach()
+    given = [t[0] for t in (q, k, v)] + [z.detach().bfloat16(), scores.logsumexp(-1).float(), g[0]]
+    few, many = (off(attention_backward(*given, rows), wanted) for rows in (500, 8))
+    for a, b in zip(few, many):
+        assert b < 1.3 * a                        # 125 sums in bfloat16 would be off by several times as much
+
+
+class Meter(torch.overrides.TorchFunctionMode):
+    """Counts the calls of a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.calls = function, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls += function is self.function
+        return function(*args, **kwargs or {})
+
+
+def test_which_way_back_is_taken():
+    """attend() goes back in blocks for bfloat16 of one shape, causal and with gradients; all else is SDPA's, and right."""
+    wide_cpu = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    few = torch.randn(4, 2, 3, 6, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q, k, v, g = few
+    mask = causal_mask(6)
+
+    def taken(q, k, v, **options):
+        with Meter(F.scaled_dot_product_attention) as meter:
+            attend(q, k, v, **options)
+        return not meter.calls
+
+    def leaf(t):
+        return t.detach().clone().requires_grad_()
+    for own in ((leaf(q), k, v), (q, leaf(k), v), (q, k, leaf(v))):
+        assert taken(*own) == wide_cpu
+    three = [leaf(t) for t in (q, k, v)]
+    assert not taken(q, k, v) and not taken(*three, mask=mask) and not taken(*(t.float() for t in three))
+    assert not taken(three[0][:, :, 3:], three[1], three[2])                     # more keys than queries
+    with torch.no_grad():
+        assert not taken(*three)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert not taken(*three)
+
+    odd = [  # what the inner kernel would read wrongly, or not at all
+        [t.mT.contiguous().mT for t in (q, k, v)],                               # another order in memory
+        [q, k[:1].expand(2, -1, -1, -1), v[:1]], [q, k[:, :1], v[:, :1]],        # broadcast
+        [q, k, v[..., :4]], [q[:, :0], k[:, :0], v[:, :0]], [q[:, :, :0]] + [t[:, :, :0] for t in (k, v)]]
+    for tensors in odd:
+        leaves = [leaf(t) if t.is_contiguous() else t.detach().requires_grad_() for t in tensors]
+        assert not taken(*leaves)
+
+
+def test_no_gradient_comes_from_a_later_token_in_bfloat16():
+    layer, x = a_layer(), torch.randn(1, 200, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    for t in (0, 1, 127, 128, 199):
+        grad, = torch.autograd.grad(out[0, t].sum(), x, retain_graph=True)
+        assert (grad[0].abs().amax(-1) > 0).tolist() == [s <= t for s in range(200)]
+
+
+def test_layer_learns_the_same_in_bfloat16():
+    """Weights' gradients of the layer by autocast, over three blocks of queries, against float64's."""
+    layer, x = a_layer(64, 2), torch.randn(2, 300, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).float().square().sum().backward()
+    exact = a_layer(64, 2).double()
+    exact(x.double()).square().sum().backward()
+    assert max(off([p.grad for p in layer.parameters()], [p.grad for p in exact.parameters()])) < 0.02
+
+
+def test_second_derivatives_are_refused_and_not_wrong():
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 1, 2, 6, 8).bfloat16())
+    first, = torch.autograd.grad(BlockwiseAttention.apply(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_columns_subtract_in_the_product():
+    x, amount = torch.randn(7, 5).bfloat16(), 1000 * torch.randn(7, 1)
+    other = torch.cat([torch.randn(5, 4).bfloat16(), torch.ones(3, 4).bfloat16()])
+    want = x.double() @ other[:5].double() - amount.double()
+    got = minus_columns(x, amount).double() @ other.double()
+    assert (got - want).abs().max() < 1e-3 * 2 ** -10         # three columns hold 24 bits of the amount
 
 
 # ------------------------------------------------------------------ heads
