@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['plot_pattern', 'causal_mask', 'attention', 'split_heads', 'merge_heads', 'attend', 'CausalSelfAttention',
-           'plot_heads', 'minus_columns', 'attention_backward', 'BlockwiseAttention', 'in_blocks']
+           'plot_heads', 'minus_columns', 'attention_backward', 'first_order', 'BlockwiseAttention', 'in_blocks']
 
 # %% ../nbs/02_attention.ipynb #imports
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -224,19 +225,35 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor, z: Tensor,
     wide, scale = lse.dtype, 1 / math.sqrt(q.shape[2])
     q_less = minus_columns(q, lse[..., None] / scale)    # (N, T, D + 3)
     g_less = minus_columns(g, (g.to(wide) * z).sum(-1, keepdim=True))
-    ones = torch.ones_like(k[..., :3])
+    ones = k.new_ones(*k.shape[:2], 3)
     k_ones, v_ones = (torch.cat([t, ones], dim=-1) for t in (k, v))
     dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
     for a in range(0, q.shape[1], rows):
         b = a + rows                                     # slices end at T
         p = q_less[:, a:b] @ k_ones[:, :b].mT            # (N, rows, b)
-        p.mul_(scale).exp_()
+        p.mul_(scale).clamp_(max=0).exp_()
         p[..., a:].tril_()                               # the pattern
         dv[:, :b] += p.mT @ g[:, a:b]
         p *= g_less[:, a:b] @ v_ones[:, :b].mT           # becomes ds
         dq[:, a:b] = p @ k[:, :b]
         dk[:, :b] += p.mT @ q[:, a:b]
     return tuple(t.to(q.dtype) for t in (dq * scale, dk * scale, dv))
+
+# %% ../nbs/02_attention.ipynb #back-first
+def first_order(backward: Callable) -> Callable:
+    """Decorate the backward of an autograd.Function that has none itself.
+
+    Asked for gradients of gradients (create_graph=True) it then raises
+    RuntimeError, where torch's once_differentiable may pass them as zero.
+    """
+    @functools.wraps(backward)
+    def only_once(ctx, *grads: Tensor):
+        if torch.is_grad_enabled():
+            name = backward.__qualname__.split(".")[0]
+            raise RuntimeError(f"{name} has no gradients of gradients: "
+                               "create_graph=True does not work with it")
+        return backward(ctx, *grads)
+    return only_once
 
 # %% ../nbs/02_attention.ipynb #back-class
 class BlockwiseAttention(torch.autograd.Function):
@@ -254,23 +271,29 @@ class BlockwiseAttention(torch.autograd.Function):
         return z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, g: Tensor) -> tuple[Tensor, ...]:
-        saved = [t.flatten(0, 1) for t in (*ctx.saved_tensors, g)]
-        return tuple(d.view(g.shape) for d in attention_backward(*saved))
+        B, H, T, D = g.shape
+        some = max(1, 2**20 // (128 * H * T))  # sentences at a time
+        parts = zip(*(t.split(some) for t in (*ctx.saved_tensors, g)))
+        found = [attention_backward(*(t.flatten(0, 1) for t in part))
+                 for part in parts]
+        return tuple(torch.cat(ds).view(g.shape) for ds in zip(*found))
 
 # %% ../nbs/02_attention.ipynb #back-when
 def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether causal attention of these goes back by BlockwiseAttention.
 
-    It does for bfloat16 of one shape on a CPU with AVX-512, if gradients are
-    wanted, nothing is compiled, and sdpa_kernel() allows the flash kernel.
+    It does for bfloat16 of one shape, not tiny, on a CPU with AVX-512, if
+    gradients are wanted, nothing is compiled or transformed by torch.func,
+    and sdpa_kernel() allows the flash kernel.
     """
-    return (all(t.device.type == "cpu" and t.dtype == torch.bfloat16
-                and t.shape == q.shape and t.stride(-1) == 1
-                for t in (q, k, v))
-            and q.numel() > 0 and torch.is_grad_enabled()
+    return (not torch.compiler.is_compiling() and torch.is_grad_enabled()
+            and all(t.device.type == "cpu" and t.dtype == torch.bfloat16
+                    and t.shape == q.shape and t.stride(-1) == 1
+                    for t in (q, k, v))
+            and q.numel() >= 2**13
             and any(t.requires_grad for t in (q, k, v))
             and torch.backends.cpu.get_cpu_capability() == "AVX512"
             and torch.backends.cuda.flash_sdp_enabled()  # on CPUs too
-            and not torch.compiler.is_compiling())
+            and not torch._C._are_functorch_transforms_active())

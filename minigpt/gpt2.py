@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .attention import CausalSelfAttention
+from .attention import CausalSelfAttention, first_order
 from .bpe import ASSETS
 
 # %% ../nbs/03_gpt2.ipynb #presets
@@ -214,7 +214,7 @@ class TanhGELU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor) -> Tensor:
         slope, = ctx.saved_tensors
         return grad * slope

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .attention import first_order
 from .gpt2 import (GPT2, GPT2Core, our_name, read_tensors,
                           write_aside, write_json)
 from .training import summed_loss
@@ -101,7 +102,7 @@ class LoraProduct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B = ctx.saved_tensors
         dh, dx, db = (dy @ B).mul_(ctx.scale), None, None  # (N, r)
@@ -460,7 +461,7 @@ class FrozenHead(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, = ctx.saved_tensors
         return dx * grad, None, None
@@ -861,7 +862,7 @@ class NF4Product(torch.autograd.Function):
         return F.linear(x, weight.dequantize().to(x.dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         return dy @ ctx.weight.dequantize().to(dy.dtype), None
 

@@ -47,6 +47,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .attention import first_order
 from .bpe import BPETokenizer
 from .data import (ROW_FILES, TEXT_FILES, TokenFile, Windows,
                           WindowSampler, find_files, load_chats, load_text,
@@ -213,7 +214,7 @@ class RowsLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, above: Tensor) -> tuple[Tensor, None, None]:
         grad, = ctx.saved_tensors
         return grad if above == 1 else grad.mul_(above), None, None
