@@ -214,7 +214,7 @@ def minus_columns(x: Tensor, amount: Tensor) -> Tensor:
 # %% ../nbs/02_attention.ipynb #back-blocks
 @torch.no_grad()
 def attention_backward(q: Tensor, k: Tensor, v: Tensor, z: Tensor,
-                       lse: Tensor, g: Tensor, rows: int = 128
+                       lse: Tensor, g: Tensor, rows: int
                        ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of causal attention for q, k and v, `rows` queries at a time.
 
@@ -274,9 +274,10 @@ class BlockwiseAttention(torch.autograd.Function):
     @first_order
     def backward(ctx, g: Tensor) -> tuple[Tensor, ...]:
         B, H, T, D = g.shape
-        some = max(1, 2**20 // (128 * H * T))  # sentences at a time
-        parts = zip(*(t.split(some) for t in (*ctx.saved_tensors, g)))
-        found = [attention_backward(*(t.flatten(0, 1) for t in part))
+        rows = 128
+        size = max(1, 2**20 // (rows * H * T))  # sentences at a time
+        parts = zip(*(t.split(size) for t in (*ctx.saved_tensors, g)))
+        found = [attention_backward(*(t.flatten(0, 1) for t in part), rows)
                  for part in parts]
         return tuple(torch.cat(ds).view(g.shape) for ds in zip(*found))
 

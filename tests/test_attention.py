@@ -153,7 +153,7 @@ def test_bfloat16_gradients_against_torchs_own(B, H, T, D, size, factor, ledger)
     same, torchs = gradients(sdpa, q, k, v, g, torch.bfloat16)
     assert torch.equal(z, same)
     _, wanted = gradients(sdpa, q, k, v, g, torch.float64)
-    ours, theirs = (off(g, wanted) for g in (found, torchs))
+    ours, theirs = off(found, wanted), off(torchs, wanted)
     if wanted[0].norm() < 1e-3:          # each query looks at one key alone: nothing but rounding is left for q and k
         assert max(t.float().norm() for t in found[:2]) < 0.01
         ours, theirs = ours[2:], theirs[2:]
@@ -268,7 +268,7 @@ def test_huge_scores_give_weights_of_one_at_most():
     assert found[2].float().norm() <= 64 * g.float().norm()                      # p.T @ g with 0 <= p <= 1
 
 
-def test_sentences_in_parts_are_as_all_at_once(monkeypatch):
+def test_sentences_in_parts_are_as_all_at_once():
     """A batch whose patterns are too large for one part of the work: each sentence as if it were alone."""
     q, k, v, g = torch.randn(4, 5, 4, 1024, 16, generator=torch.Generator().manual_seed(4)).bfloat16()
     _, found = gradients(BlockwiseAttention.apply, q, k, v, g, torch.bfloat16)
