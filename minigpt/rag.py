@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .documents import (MAX_BYTES, OVERLAP, SIZE, Passage,
+from .engine.documents import (MAX_BYTES, OVERLAP, SIZE, Passage,
                                check_sizes, chunk, find_documents,
                                parse_document, read_bytes, split_units)
 

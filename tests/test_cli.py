@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import minigpt
-from minigpt import cli
+from minigpt.engine import cli
 from minigpt.bpe import BPETokenizer
 from minigpt.chat import ChatSession
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -66,7 +66,7 @@ def test_help_version_and_both_ways_to_start():
     assert done.returncode == 0 and not done.stderr
     for words in ("minigpt chat", "Examples:", "--version"):
         assert words in done.stdout.decode()
-    script = [sys.executable, "-c", "from minigpt.cli import main; main()"]
+    script = [sys.executable, "-c", "from minigpt.engine.cli import main; main()"]
     other = subprocess.run([*script, "--help"], capture_output=True, env=environment())
     assert other.stdout == done.stdout
     assert run("--version").stdout.decode().strip() == f"minigpt {minigpt.__version__}"

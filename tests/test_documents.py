@@ -5,8 +5,8 @@ import zlib
 
 import pytest
 
-from minigpt import documents
-from minigpt.documents import Document, chunk, find_documents, load_document, markdown_headings, split_units
+from minigpt.engine import documents
+from minigpt.engine.documents import Document, chunk, find_documents, load_document, markdown_headings, split_units
 
 
 def pdf_bytes(*pages: str) -> bytes:

@@ -12,16 +12,16 @@ import typer
 from typer.testing import CliRunner
 
 from minigpt.bpe import BPETokenizer
-from minigpt.cli_eval import register
+from minigpt.engine.cli_eval import register
 from minigpt.evaluation import load_questions
 from minigpt.gpt2 import GPT2, GPT2Config
-from minigpt.lm_eval_adapter import TASKS
+from minigpt.engine.lm_eval_adapter import TASKS
 
 pytest.importorskip("lm_eval")
 ROOT = Path(__file__).resolve().parent.parent
 LM_EVAL = shutil.which("lm_eval", path=str(Path(sys.executable).parent))
 GENERATE = """task: local_generate
-custom_dataset: !function minigpt.lm_eval_adapter.bundled_set
+custom_dataset: !function minigpt.engine.lm_eval_adapter.bundled_set
 dataset_kwargs:
   bundled: cloze
 output_type: generate_until
@@ -38,7 +38,7 @@ metadata:
   version: 1.0
 """
 ROLLING = """task: local_rolling
-custom_dataset: !function minigpt.lm_eval_adapter.bundled_set
+custom_dataset: !function minigpt.engine.lm_eval_adapter.bundled_set
 dataset_kwargs:
   bundled: goals
 output_type: loglikelihood_rolling
@@ -186,7 +186,7 @@ def test_minigpt_lm_eval_knows_the_model(folder, tmp_path, monkeypatch):
 
 def test_signing_in_leaves_lm_evals_own_models_alone():
     """In a fresh process: lm-eval skips its own list of models when the registry is not empty."""
-    code = ("from minigpt.lm_eval_adapter import MiniGPTLM, sign_in\nfrom lm_eval.api.registry import get_model\n"
+    code = ("from minigpt.engine.lm_eval_adapter import MiniGPTLM, sign_in\nfrom lm_eval.api.registry import get_model\n"
             "assert sign_in() and sign_in() and get_model('minigpt') is MiniGPTLM\n"
             "assert get_model('dummy').__name__ == 'DummyLM'")
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -16,11 +16,11 @@ import typer
 from typer.testing import CliRunner
 
 from minigpt.bpe import BPETokenizer
-from minigpt.cli_eval import free_folder, register
+from minigpt.engine.cli_eval import free_folder, register
 from minigpt.data import ChatRenderer, load_chats
 from minigpt.evaluation import NOT_SAID, bleu, score_chats, token_f1
 from minigpt.gpt2 import GPT2, GPT2Config, pick_device
-from minigpt.report import (
+from minigpt.engine.report import (
     SUITES, PlainRenderer, Suite, answers_part, by_kind, compare, open_model, renderer_for, report_html,
     report_rows, report_table, run_suite, take_evenly, write_report)
 
@@ -269,7 +269,7 @@ def test_an_out_that_is_no_folder_is_refused_before_any_work(tmp_path, monkeypat
     def measured(*args, **kwargs):
         raise AssertionError("a model was measured first")
 
-    monkeypatch.setattr("minigpt.report.run_suite", measured)
+    monkeypatch.setattr("minigpt.engine.report.run_suite", measured)
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for out in ("file", "file/inside"):
         run = CliRunner().invoke(app(), ["eval", "untrained", "--quiet", "--out", str(tmp_path / out)])
@@ -284,7 +284,7 @@ def test_the_report_is_written_before_anything_is_printed(reports, tmp_path, mon
     def broken(*args, **kwargs):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("minigpt.report.run_suite", lambda *args, name, **kwargs: reports[name == "ngram"])
+    monkeypatch.setattr("minigpt.engine.report.run_suite", lambda *args, name, **kwargs: reports[name == "ngram"])
     monkeypatch.setattr(typer, "echo", broken)
     run = CliRunner().invoke(app(), ["eval", "untrained", "--against", "ngram", "--quiet", "--out", str(tmp_path / "out")])
     assert run.exit_code == 1
@@ -298,12 +298,12 @@ def test_a_report_that_cannot_be_written_is_still_printed_and_leaves_no_empty_fo
     def fails(*args, **kwargs):
         raise ValueError("it cannot be measured")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minigpt.report.run_suite", lambda *args, name, **kwargs: reports[name == "ngram"])
-    monkeypatch.setattr("minigpt.report.write_report", full)
+    monkeypatch.setattr("minigpt.engine.report.run_suite", lambda *args, name, **kwargs: reports[name == "ngram"])
+    monkeypatch.setattr("minigpt.engine.report.write_report", full)
     run = CliRunner().invoke(app(), ["eval", "untrained", "--quiet"])
     assert run.exit_code == 2 and "No space left on device" in run.output
     assert report_table(reports[:1]) in run.output and list((tmp_path / "runs").iterdir()) == []
-    monkeypatch.setattr("minigpt.report.run_suite", fails)
+    monkeypatch.setattr("minigpt.engine.report.run_suite", fails)
     run = CliRunner().invoke(app(), ["eval", "untrained", "--quiet"])
     assert run.exit_code == 2 and "it cannot be measured" in run.output and list((tmp_path / "runs").iterdir()) == []
 
@@ -322,7 +322,7 @@ def test_the_device_is_picked_by_the_one_rule(tmp_path, monkeypatch):
 
 
 def test_adding_the_command_imports_nothing_heavy():
-    code = ("import sys, typer\nfrom minigpt.cli_eval import register\na = typer.Typer()\n"
+    code = ("import sys, typer\nfrom minigpt.engine.cli_eval import register\na = typer.Typer()\n"
             "register(a)\n"
             "print([m for m in ('torch', 'numpy', 'matplotlib', 'datasets', 'gradio', 'lm_eval') if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
@@ -331,7 +331,7 @@ def test_adding_the_command_imports_nothing_heavy():
 
 
 def test_modules_import_no_gradio_datasets_or_matplotlib():
-    code = ("import sys, minigpt.evaluation, minigpt.report, minigpt.vote_ui\n"
+    code = ("import sys, minigpt.evaluation, minigpt.engine.report, minigpt.engine.vote_ui\n"
             "print([m for m in ('matplotlib', 'datasets', 'gradio', 'ipywidgets', 'lm_eval') if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                          env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -21,7 +21,7 @@ from browsers import BROWSER, launch
 from minigpt.evaluation import (
     Ballot, Match, Vote, Votes, agreement, bradley_terry, krippendorff_alpha, make_matches, rate, sign_test,
     temperature_matches, vote_summary, votes_needed, win_table)
-from minigpt.vote_ui import BUTTONS, ballot_html, rating_figure, vote_panel
+from minigpt.engine.vote_ui import BUTTONS, ballot_html, rating_figure, vote_panel
 
 MATCHES = [Match(f"q{i}", f"Prompt {i}?", {"big": f"big says {i}", "small": f"small says {i}"}) for i in range(6)]
 
@@ -310,7 +310,7 @@ def test_a_model_against_itself():
     from minigpt.bpe import BPETokenizer
     from minigpt.data import ChatRenderer
     from minigpt.evaluation import answer_chats
-    from minigpt.report import open_model
+    from minigpt.engine.report import open_model
     model, renderer = open_model("untrained")[0], ChatRenderer(BPETokenizer.from_pretrained())
     matches = temperature_matches(model, renderer, ["Hi!", "Why?"], (0, 0.7, 2), max_new_tokens=4, seed=5)
     assert [list(m.answers) for m in matches] == [["temperature 0", "temperature 0.7", "temperature 2"]] * 2
@@ -359,7 +359,7 @@ def tab(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    code = ("import sys\nimport gradio as gr\nfrom minigpt.evaluation import Match\nfrom minigpt.vote_ui import vote_tab\n"
+    code = ("import sys\nimport gradio as gr\nfrom minigpt.evaluation import Match\nfrom minigpt.engine.vote_ui import vote_tab\n"
             "m = [Match(f'q{i}', f'Prompt {i}?', {'big': f'big <b>says</b> {i}', 'small': f'small says {i}'})"
             " for i in range(3)]\n"
             "with gr.Blocks() as app:\n    with gr.Tab('Vote'):\n        vote_tab(lambda: m, sys.argv[1])\n"

@@ -10,7 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from minigpt import cli, cli_finetune
+from minigpt.engine import cli, cli_finetune
 from minigpt.bpe import BPETokenizer
 from minigpt.data import load_chats
 from minigpt.gpt2 import GPT2, GPT2Config

@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from minigpt import cli, cli_generate
+from minigpt.engine import cli, cli_generate
 from minigpt.bpe import BPETokenizer
 from minigpt.generation import Decoder, Generation, beam_search, generate
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -223,7 +223,7 @@ def test_errors_of_a_process(arguments, data, message):
 
 
 def test_help_is_quick_and_loads_nothing_heavy():
-    code = ("import sys, minigpt.cli_generate; heavy = {'torch', 'numpy', 'datasets', 'gradio', 'matplotlib'};"
+    code = ("import sys, minigpt.engine.cli_generate; heavy = {'torch', 'numpy', 'datasets', 'gradio', 'matplotlib'};"
             "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.decode()

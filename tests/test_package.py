@@ -56,7 +56,7 @@ def test_import_alone_is_light():
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys; sys.argv = ['minigpt', '--help']\nfrom minigpt.cli import main\n"
+    code = ("import sys; sys.argv = ['minigpt', '--help']\nfrom minigpt.engine.cli import main\n"
             "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code")
     assert loaded(code) == set()
 
@@ -145,7 +145,7 @@ def test_distributions_are_small_and_complete(distributions):
         [metadata] = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
         meta = HeaderParser().parsestr(archive.read(metadata).decode())
         [entries] = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
-        assert "minigpt = minigpt.cli:main" in archive.read(entries).decode().replace("=", " = ").replace("  ", " ")
+        assert "minigpt = minigpt.engine.cli:main" in archive.read(entries).decode().replace("=", " = ").replace("  ", " ")
     assert packed == here
     assert meta["Version"] == minigpt.__version__ and meta["Requires-Python"] == ">=3.10"
     unconditional = [r for r in meta.get_all("Requires-Dist") if "extra ==" not in r]

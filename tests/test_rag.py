@@ -16,7 +16,7 @@ from safetensors import safe_open
 from minigpt import rag
 from minigpt.bpe import BPETokenizer
 from minigpt.data import ChatRenderer
-from minigpt.documents import load_document
+from minigpt.engine.documents import load_document
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.rag import BM25, RAG, Dense, Hit, Index, ModelEmbedder, cite, fuse, mmr
 
@@ -757,7 +757,7 @@ def run(*arguments, cwd=None, code=0):
 
 def test_the_commands_defaults_are_the_modules():
     import inspect
-    from minigpt import cli_rag, documents
+    from minigpt.engine import cli_rag, documents
     ask, index = (inspect.signature(f).parameters for f in (cli_rag.ask_command, cli_rag.index_command))
     assert ask["threshold"].default.default == rag.THRESHOLD
     assert (index["size"].default.default, index["overlap"].default.default) == (documents.SIZE, documents.OVERLAP)

@@ -17,7 +17,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from minigpt import cli, cli_serve
+from minigpt.engine import cli, cli_serve
 from minigpt.bpe import BPETokenizer
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -145,7 +145,7 @@ def test_a_port_in_use_is_an_error_of_one_line(folder):
 
 
 def test_help_is_quick_and_the_command_is_registered():
-    code = ("import sys, minigpt.cli; heavy = {'torch', 'gradio', 'fastapi', 'uvicorn'};"
+    code = ("import sys, minigpt.engine.cli; heavy = {'torch', 'gradio', 'fastapi', 'uvicorn'};"
             "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.decode()

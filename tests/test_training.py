@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from exercise_cells import exercises, said
 from minigpt import training as t
 from minigpt.bpe import BPETokenizer
-from minigpt.cli import make_recipe
+from minigpt.engine.cli import make_recipe
 from minigpt.data import TokenFile, WindowSampler, load_text, pack
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.training import (Checkpoints, LivePlot, Phase, Ranks, Stepper, StreamSampler, TokenArray, TrainConfig, plan, train)
@@ -907,7 +907,7 @@ def test_recipe_with_packed_tokens(tmp_path):
 def test_command_line_from_text_to_model(tmp_path, monkeypatch):
     """tokenizer train, data pack, train; then a resume that is refused, and one that is forced."""
     from typer.testing import CliRunner
-    from minigpt.cli import app
+    from minigpt.engine.cli import app
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("\n\n".join(load_text(limit=60)), encoding="utf-8")
 
