@@ -16,7 +16,7 @@ import pytest
 
 from minigpt.engine import files
 from minigpt.engine.files import (atomic_file, atomic_folder, decode_text, locked, open_text, parse_json, read_json,
-                                  read_text, refuse_existing, refuse_same, write_text)
+                                  read_text, reading, refuse_existing, refuse_same, write_files, write_text)
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX files")
 
@@ -58,12 +58,24 @@ def test_text_is_read_packed_or_not(tmp_path, suffix, pack):
     path.write_bytes(pack("\ufeffcafé\r\n😀\n".encode()))
     with open_text(path) as file:
         assert list(file) == ["café\n", "😀\n"]
-    with open_text(path, newline="") as file:
-        assert file.read() == "café\r\n😀\n"
+    with open_text(path, exact=True) as file:
+        assert file.read() == "\ufeffcafé\r\n😀\n"
     if suffix:
         path.write_bytes(pack(b"a" * 10_000)[:-9])
         with pytest.raises(ValueError, match=f"a.txt{suffix} is damaged or cut short"), open_text(path) as file:
             file.read()
+
+
+def test_a_file_that_holds_something_else_is_named():
+    for broken, kind in (({}, "KeyError: 'weight_map'"), ({"weight_map": 7}, "TypeError"), ("x", "TypeError")):
+        with pytest.raises(ValueError, match=f"^index.json does not hold what it should .{kind}"), reading("index.json"):
+            broken["weight_map"]["a"]
+    with pytest.raises(ValueError, match="^index.json: bad shape$"), reading("index.json"):
+        raise ValueError("bad shape")
+    with pytest.raises(ValueError, match="^line 3 of index.json$"), reading("index.json"):
+        raise ValueError("line 3 of index.json")
+    with pytest.raises(ZeroDivisionError), reading("index.json"):
+        1 / 0
 
 
 def test_what_is_no_file_is_not_read(tmp_path):
@@ -160,6 +172,22 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path):
     assert path.read_text() == "theirs" and names(tmp_path) == ["a"]
 
 
+def test_several_files_are_replaced_when_all_are_written(tmp_path, monkeypatch):
+    folder = tmp_path / "deep" / "f"
+    write_files(folder, {"a": "é", "b": "\n"})
+    write_files(folder, {"a": "é", "b": "\n"})      # the same again is fine
+    for texts in ({"b": "new", "a": "new"}, {"c": "new", "a": "new"}):
+        with pytest.raises(FileExistsError, match="a exists|b exists"):
+            write_files(folder, texts)
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: 1 / 0 if data == b"bad" else write(self, data))
+    with pytest.raises(ZeroDivisionError):
+        write_files(folder, {"a": "new", "b": "bad"}, overwrite=True)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {"a": b"\xc3\xa9", "b": b"\n"}
+    write_files(folder, {"a": "new", "c": "new"}, overwrite=True)
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"a": "new", "b": "\n", "c": "new"}
+
+
 @POSIX
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_modes(tmp_path, umask):
@@ -214,7 +242,7 @@ def test_links_are_followed(tmp_path):
 
 
 @POSIX
-def test_devices_pipes_and_folders_are_refused(tmp_path):
+def test_devices_pipes_and_folders_are_refused(tmp_path, monkeypatch):
     pipe, link = tmp_path / "pipe", tmp_path / "link"
     os.mkfifo(pipe)
     link.symlink_to("/dev/null")
@@ -227,6 +255,12 @@ def test_devices_pipes_and_folders_are_refused(tmp_path):
         pass
     with pytest.raises(FileNotFoundError, match="nowhere.*create it first"):
         write_text(tmp_path / "nowhere" / "a", "x")
+    monkeypatch.chdir(tmp_path)
+    Path("old").touch()
+    for write in (lambda: write_text("old", "x"), lambda: write_files(".", {"old": "x"})):
+        with pytest.raises(FileExistsError, match="^old exists"):   # as it was given
+            write()
+    Path("old").unlink()
     assert stat.S_ISFIFO(pipe.stat().st_mode) and stat.S_ISCHR(os.stat("/dev/null").st_mode)
     assert names(tmp_path) == ["link", "pipe"]
 
