@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decode_text', 'open_text', 'read_text', 'parse_json', 'read_json', 'reading', 'refuse_existing', 'refuse_same',
-           'locked', 'atomic_file', 'write_text', 'write_files', 'atomic_folder']
+           'refuse_unwritable', 'atomic_file', 'write_text', 'write_files', 'atomic_folder']
 
 # %% ../../nbs/engine/files.ipynb #imports
 import bz2
@@ -17,7 +17,6 @@ import re
 import shutil
 import stat
 import tempfile
-import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -25,10 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-try:
-    import fcntl
-except ImportError:                                          # Windows
-    fcntl = None
+from .locks import locked
 
 # %% ../../nbs/engine/files.ipynb #utf8-error
 def _not_utf8(error: UnicodeDecodeError, name: str) -> ValueError:
@@ -106,7 +102,7 @@ def parse_json(text: str,           # one JSON value
                ) -> Any:
     """A JSON value; ValueError with name, line and reason if it is none."""
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip())
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         why = f"{error.msg}, column {error.colno}"
@@ -166,68 +162,19 @@ def refuse_same(source: str | Path,  # what is read; it need not exist
             raise ValueError(f"{target} is also what is read: writing it "
                              "would destroy it, choose another output")
 
-# %% ../../nbs/engine/files.ipynb #try-lock
-UNKNOWN = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-
-
-def _try_lock(handle: int) -> bool:
-    """Lock an open file; False if another process holds it."""
+# %% ../../nbs/engine/files.ipynb #refuse-unwritable
+def refuse_unwritable(folder: str | Path  # it need not exist yet
+                      ) -> None:
+    """Raise OSError if no folder of that name can be made or written to."""
+    folder = Path(folder)
+    place = next(p for p in (folder, *folder.absolute().parents)
+                 if p.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file: give a folder")
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        return error.errno in UNKNOWN    # a file system that has no locks
-    return True
-
-# %% ../../nbs/engine/files.ipynb #open-lock
-def _open_lock(file: Path, path: Path) -> int:
-    """A handle of the lock file that is locked, and that is still there."""
-    while True:
-        handle = os.open(file, os.O_RDONLY | os.O_CREAT, 0o666)
-        if not _try_lock(handle):
-            os.close(handle)
-            raise BlockingIOError(f"{path} is being written by another "
-                                  "process: wait for it, or choose another "
-                                  "place")
-        with suppress(OSError):
-            if os.path.samestat(os.stat(file), os.fstat(handle)):
-                return handle
-        os.close(handle)
-
-# %% ../../nbs/engine/files.ipynb #locked
-_held = threading.local()
-
-
-@contextmanager
-def locked(path: str | Path  # a file or folder; it need not exist
-           ) -> Iterator[None]:
-    """Hold the right to write `path` within the block.
-
-    A block within a block of the same thread is fine. Raises
-    BlockingIOError if another process, or another thread, holds it.
-    """
-    path, real = Path(path), Path(os.path.realpath(path))
-    file = (real if real.is_dir() else real.parent) / f".{real.name}.lock"
-    mine = _held.__dict__.setdefault("files", set())
-    if file in mine:
-        yield
-        return
-    with _errors_of(file, path):
-        handle = _open_lock(file, path)
-    mine.add(file)
-    try:
-        yield
-    finally:
-        mine.discard(file)
-        with suppress(OSError):
-            if not fcntl:                # Windows removes no open file
-                os.close(handle)
-            file.unlink(missing_ok=True)
-        if fcntl:
-            os.close(handle)
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 # %% ../../nbs/engine/files.ipynb #errors-of
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -253,7 +200,8 @@ def _disk_error(error: Exception, aside: Path, target: Path
         if file != aside and aside not in file.parents:
             return None
         name = target / file.relative_to(aside)
-    return OSError(number, os.strerror(number), str(name))
+    why = getattr(error, "strerror", None) or os.strerror(number)
+    return OSError(number, why, str(name))
 
 
 @contextmanager
@@ -274,7 +222,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, *UNKNOWN):
+        if error.errno != errno.EINVAL:    # a file system that has no sync
             raise
     finally:
         os.close(handle)
