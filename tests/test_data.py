@@ -792,6 +792,32 @@ def test_interrupted_packing_goes_on_where_it_stopped(tmp_path, tok, stories, ho
     assert file.ids.tolist() == naive_stream(stories, tok)[0] and not folder.exists()
 
 
+def test_of_two_processes_one_packs(tmp_path, tok, stories):
+    """A second process with the same target, and no overwrite, does not say that it packed, and changes nothing."""
+    script, target = tmp_path / "slow.py", tmp_path / "s.bin"
+    script.write_text(SLOW)
+    first = subprocess.Popen([sys.executable, str(script), str(target), "1"], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    for _ in range(600):
+        time.sleep(0.05)
+        if (tmp_path / "s.bin.parts").exists():
+            break
+    with pytest.raises(BlockingIOError, match="s.bin is being written by another process"):
+        pack(stories[:10], target, tok)
+    assert first.wait(120) == 0
+    with pytest.raises(FileExistsError, match="s.bin exists"):
+        pack(stories[:10], target, tok)
+    assert TokenFile(target, tok).header["n_documents"] == len(stories)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.bin", "slow.py"]
+
+
+def test_what_is_no_regular_file_is_not_packed_over(tmp_path, tok):
+    read = iter(["a story", "another"])
+    for path in (tmp_path, *([Path("/dev/null")] if os.name != "nt" else [])):
+        with pytest.raises(OSError, match="is a folder|is no regular file"):
+            pack(read, path, tok, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_changed_data_is_packed_anew(tmp_path, tok, stories):
     def breaks(rows):
         yield from rows

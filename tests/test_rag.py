@@ -441,10 +441,10 @@ def test_an_index_has_the_rights_of_any_new_file(library, tmp_path):
     for mask, rights in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
         old = os.umask(mask)
         try:
-            Index.build(library, tmp_path / "ix")
+            Index.build(library, tmp_path / f"ix{mask}")
         finally:
             os.umask(old)
-        assert (tmp_path / "ix" / rag.FILE).stat().st_mode & 0o777 == rights
+        assert (tmp_path / f"ix{mask}" / rag.FILE).stat().st_mode & 0o777 == rights
 
 
 def test_only_its_own_index_stands_for_a_folder(library, tmp_path):

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # sums in one order, here an
 def run_script(code: str, *args, env: dict | None = None) -> subprocess.Popen:
     settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=settings, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 # ------------------------------------------------------------------ settings and schedule
@@ -462,6 +462,36 @@ def test_interrupted_between_two_renames_the_older_folder_stays(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         t.write_folder(folder, {"a": lambda path: path.write_text("new")})
     assert (folder / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["step"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """The first process trains until it is told to end; a second one with the same folder is refused, nothing mixes."""
+    code = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import test_training as here
+from minigpt.training import TrainConfig, train
+
+def wait(row, model):
+    if row["step"] == 1 and sys.argv[3] == "first":
+        print("began", flush=True)
+        sys.stdin.readline()
+
+try:
+    train(here.tiny(), here.stream(), TrainConfig(max_steps=3, batch_size=2, log_every=1), out=sys.argv[1],
+          callbacks=[wait], progress=False)
+    print("finished")
+except (OSError, ValueError) as error:
+    print(type(error).__name__, error)
+"""
+    first = run_script(code, tmp_path / "run", Path(__file__).parent, "first")
+    assert first.stdout.readline() == "began\n"
+    second = run_script(code, tmp_path / "run", Path(__file__).parent, "second").communicate(timeout=300)
+    assert second[0].startswith(f"BlockingIOError {tmp_path / 'run'} is being written by another process"), second
+    assert first.communicate("\n", timeout=300)[0] == "finished\n"
+    assert [row["step"] for row in t.read_log(tmp_path / "run" / "log.csv")] == [1, 2, 3]
+    third = run_script(code, tmp_path / "run", Path(__file__).parent, "third").communicate(timeout=300)
+    assert "holds checkpoints of an earlier run" in third[0] and list((tmp_path / "run").glob(".*")) == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs resource limits")
