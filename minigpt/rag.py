@@ -225,7 +225,7 @@ class ModelEmbedder:
 
     def __init__(self, model=None, tokenizer=None, *, layer: int = 0,
                  max_tokens: int = 192):
-        from minigpt.chat import load_pair
+        from minigpt.engine.hub import load_pair
         self.model, self.tokenizer = load_pair(model, tokenizer)
         if not 0 <= layer <= self.model.config.n_layer:
             raise ValueError(f"layer={layer} must be from 0 to "
@@ -1020,8 +1020,8 @@ class RAG:
 # %% ../nbs/09_rag.ipynb #read-prompt
 def read_prompt(rag: RAG, prompt: str) -> str | None:
     """What the model of a RAG says, see RAG.read."""
-    from minigpt.chat import load_pair
     from minigpt.data import ChatRenderer
+    from minigpt.engine.hub import load_pair
     from minigpt.generation import Decoder, generate
     if rag._decoder is None:
         rag._pair = load_pair(*rag._pair)
