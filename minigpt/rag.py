@@ -34,8 +34,8 @@ from pathlib import Path
 import numpy as np
 
 from .engine.documents import (MAX_BYTES, OVERLAP, SIZE, Passage,
-                               check_sizes, chunk, find_documents,
-                               parse_document, read_bytes, split_units)
+                                      check_sizes, chunk, find_documents,
+                                      parse_document, read_bytes, split_units)
 
 # %% ../nbs/09_rag.ipynb #idf
 def idf(df: np.ndarray | int, N: int, kind: str = "lucene") -> np.ndarray:

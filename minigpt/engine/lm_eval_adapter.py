@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ..data import ChatRenderer
+from .report import open_model
 from ..evaluation import EVAL, score_ids, score_rows
 from ..generation import Options, stream_text
 from ..gpt2 import pick_device
-from .report import open_model
 
 try:
     from lm_eval.api.model import LM
