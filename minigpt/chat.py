@@ -17,8 +17,6 @@ from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from .bpe import BPETokenizer
 from .data import ChatRenderer, check_messages
 from .engine.hub import load_pair
