@@ -49,12 +49,13 @@ from torch import Tensor
 from . import __version__
 from .attention import attention
 from .bpe import BPETokenizer
-from .chat import load_pair
 from .data import ChatRenderer
+from .engine.hub import load_pair
 from .generation import (Decoder, Generation, Options,
                                 RepetitionPenalty, Sample, TextStream,
                                 as_prompts, check, read)
 from .gpt2 import GPT2, GPT2Config, KVCache, gelu
+from .lora import adapted
 
 # %% ../nbs/11_server.ipynb #slots
 class Slots(KVCache):
@@ -1360,7 +1361,6 @@ def create_app(model: GPT2 | str | Path | None = None,
     name = name or named(model, adapter)
     model, tokenizer = load_pair(model, tokenizer, device)
     if adapter is not None:
-        from minigpt.lora import adapted
         model = adapted(model, adapter)
     service = Service(Engine(model, tokenizer, limits), name)
     app = FastAPI(title="minigpt", version=__version__, docs_url=None,

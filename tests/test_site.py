@@ -151,7 +151,7 @@ def test_style_counts_by_hand():
 
 def test_glossary_is_sorted_and_each_term_is_one_sentence_with_a_link():
     text = (tool.NBS / "glossary.md").read_text(encoding="utf-8")
-    entries = re.findall(r"(?m)^\*\*(.+?)\.\*\* (.+) \[Chapter (\d\d)\]\((\d\d)_\w+\.ipynb[^)]*\)$", text)
+    entries = re.findall(r"(?m)^\*\*(.+?)\.\*\* (.+) \[(?:Chapter (\d\d)|[\w ]+)\]\((?:(\d\d)_|deeper/)\w+\.ipynb[^)]*\)$", text)
     assert len(entries) == len([line for line in text.splitlines() if line.startswith("**")]) > 100
     terms = [re.sub(r"\W", "", term).lower() for term, *_ in entries]
     assert terms == sorted(terms) and len(set(terms)) == len(terms)

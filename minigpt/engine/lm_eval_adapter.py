@@ -10,16 +10,15 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data import ChatRenderer
+from .report import open_model
 from ..evaluation import EVAL, score_ids, score_rows
 from ..generation import Options, stream_text
 from .devices import pick_device
-from .report import open_model
 
 try:
     from lm_eval.api.model import LM
