@@ -20,7 +20,7 @@ from exercise_cells import exercises, said
 from minigpt import training as t
 from minigpt.bpe import BPETokenizer
 from minigpt.engine import tracking
-from minigpt.engine.cli import make_recipe
+from minigpt.engine.runs import make_recipe
 from minigpt.data import TokenFile, WindowSampler, load_text, pack
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.training import (Checkpoints, Phase, Ranks, Stepper, StreamSampler, TokenArray, TrainConfig, plan, train)
