@@ -32,6 +32,7 @@ generation_kwargs:
   until: [".", "the"]
   max_gen_toks: 8
   do_sample: false
+  repetition_penalty: 1.0
 metric_list:
   - metric: exact_match
 metadata:
