@@ -44,10 +44,10 @@ def config() -> dict:
             text = text.replace(path.name, json.dumps(entry, ensure_ascii=False))
     spec = yaml.safe_load(text)
     spec["website"] |= {
-        "title": ini["title"], "description": ini["description"], "repo-url": ini["git_url"], "repo-branch": ini["branch"],
-        "site-url": ini["doc_host"] + ini["doc_baseurl"]}
+        "title": ini["lib_name"], "description": ini["description"], "site-url": ini["doc_url"], "repo-url": ini["git_url"],
+        "repo-branch": ini["branch"]}
     spec["website"]["navbar"]["tools"] = [{"icon": "github", "href": ini["git_url"]}]
-    spec["smalldocs"] = {"api": {"packages": [ini["lib_name"]], "root": "..", "source": ini["lib_path_url"]}}
+    spec["smalldocs"] = {"api": {"packages": [ini["lib_name"]], "root": "..", "source": f"{ini['git_url']}/blob/{ini['branch']}"}}
     return spec
 
 
@@ -86,7 +86,7 @@ def build(target: Path = ROOT / "_docs") -> list[str]:
     for path in target.rglob("*.css"):
         text = path.read_text(encoding="utf-8")
         path.write_text(re.sub(r"@import\s*(?:url\(\s*[\"']?https?:[^)]*\)|[\"']https?:[^\"']*[\"'])[^;]*;", "", text), encoding="utf-8")
-    return site.warnings
+    return [said for said in site.warnings if "output-file" not in said]  # which nbdev writes for Quarto
 
 
 if __name__ == "__main__":
