@@ -7,11 +7,10 @@ __all__ = ['ASSETS', 'GPT2_SPLIT', 'BYTE_ORDER', 'AllowedSpecial', 'CHAT_TEMPLAT
            'bytes_to_unicode', 'to_visible', 'from_visible', 'readable', 'utf8', 'split_units', 'split_pieces',
            'cut_safely', 'words_of_pieces', 'PairCounts', 'MergeLearner', 'learn_merges', 'known_ids', 'Vocabulary',
            'StreamDecoder', 'WordEncoder', 'merge_long', 'PackedCache', 'WordCache', 'UnitCache', 'PlainCodec',
-           'check_allowed', 'SpecialCodec', 'batch_texts', 'start_workers', 'map_ahead', 'BatchCodec', 'read_pieces',
-           'iter_texts', 'count_elsewhere', 'count_words', 'read_json', 'parse_vocabulary', 'read_tokenizer_json',
-           'check_distinct', 'tokenizer_json', 'tokenizer_config', 'write_files', 'read_gpt2', 'load_vocabulary',
-           'find_tokenizer', 'tiktoken_ranks', 'SavedCodec', 'check_special', 'BPETokenizer', 'merge_tree',
-           'plot_merge_tree']
+           'check_allowed', 'SpecialCodec', 'batch_texts', 'BatchCodec', 'read_pieces', 'iter_texts', 'count_words',
+           'parse_vocabulary', 'read_tokenizer_json', 'check_distinct', 'tokenizer_json', 'tokenizer_config',
+           'read_gpt2', 'load_vocabulary', 'find_tokenizer', 'tiktoken_ranks', 'SavedCodec', 'check_special',
+           'BPETokenizer', 'merge_tree', 'plot_merge_tree']
 
 # %% ../nbs/00_bpe.ipynb #ddae3cb3
 import codecs
@@ -19,23 +18,24 @@ import importlib
 import json
 import os
 import re
-import signal
 import warnings
 from array import array
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from heapq import heapify, heappop, heappush
 from importlib.resources import files
 from itertools import chain
-from multiprocessing import get_context
 from operator import add, index
 from pathlib import Path
 
 import numpy as np
 import regex
 from tqdm import tqdm
+
+from .engine.files import (
+    open_text, read_json, read_text, reading, write_files)
+from .engine.parallel import Workers, ordered_map
 
 # %% ../nbs/00_bpe.ipynb #8ee8c917
 ASSETS = Path(str(files("minigpt"))) / "assets"
@@ -585,65 +585,26 @@ def batch_texts(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 # %% ../nbs/00_bpe.ipynb #0cb53467
-def start_workers(num_proc: int, *settings) -> ProcessPoolExecutor:
-    """A pool of processes that import this module and ignore Ctrl-C.
-
-    num_proc: how many. settings: the arguments of the tokenizer that each
-    of them shall hold (none: they only count).
-    """
-    home = importlib.import_module("minigpt.bpe")
-    return ProcessPoolExecutor(num_proc, get_context("spawn"),
-                               home._start_worker, settings)
-
-
-_tokenizer = None  # of this worker process
-
-
-def _start_worker(*settings) -> None:
-    global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _tokenizer = BPETokenizer(*settings) if settings else None
-
-
-def _encode_job(job: tuple) -> list[bytes]:
+def encode_job(tokenizer: "BPETokenizer", job: tuple) -> list[bytes]:
+    """A worker's part of `encode_iter`: job is (texts, allowed_special)."""
     texts, allowed_special = job
-    return [_tokenizer._pack(text, allowed_special) for text in texts]
+    return [tokenizer._pack(text, allowed_special) for text in texts]
 
 
-def _count_job(texts: list[str]) -> Counter[str]:
+def count_job(texts: list[str]) -> Counter[str]:
+    """A worker's part of `count_words`."""
     return Counter(chain.from_iterable(map(split_pieces, texts)))
 
-# %% ../nbs/00_bpe.ipynb #a44b1a39
-def map_ahead(pool: Executor, job: str, items: Iterable, ahead: int
-              ) -> Iterator:
-    """What this module's function named `job` returns for each item.
 
-    pool: from start_workers. ahead: how many items may be under way.
-    Raises RuntimeError when a worker process dies.
-    """
-    function = getattr(importlib.import_module("minigpt.bpe"), job)
-    pending: deque[Future] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker process died: in a script, put the call under "
-            "`if __name__ == '__main__':`, or use num_proc=1") from None
-    finally:
-        for future in pending:
-            future.cancel()
+def installed(name: str) -> Callable:
+    """This module's function of that name, as other processes know it."""
+    return getattr(importlib.import_module("minigpt.bpe"), name)
 
 # %% ../nbs/00_bpe.ipynb #d44db07b
 class BatchCodec(SpecialCodec):
     """A codec that encodes many texts, in several processes if asked."""
 
-    _pool: ProcessPoolExecutor | None = None
-    _pool_size = 0
+    _pool: Workers | None = None
 
     def encode_iter(self, texts: Iterable[str],
                     allowed_special: AllowedSpecial = "none",
@@ -675,21 +636,21 @@ class BatchCodec(SpecialCodec):
         """End the processes of `encode_iter`, if there are any."""
         pool, self._pool = self._pool, None
         if pool:
-            pool.shutdown(cancel_futures=True)
+            pool.close()
 
     def _encode_elsewhere(self, texts: Iterable[str], allowed: AllowedSpecial,
                           num_proc: int) -> Iterator[np.ndarray]:
-        if self._pool is None or self._pool_size != num_proc:
+        if self._pool is None or self._pool.count != num_proc:
             self.close()
-            self._pool_size = num_proc
-            self._pool = start_workers(num_proc, *self.__reduce__()[1])
+            same = installed("BPETokenizer")(*self.__reduce__()[1])
+            self._pool = Workers(partial(installed("encode_job"), same),
+                                 num_proc)
         jobs = ((batch, allowed) for batch in batch_texts(texts, 1 << 18))
         try:
-            for packed in map_ahead(self._pool, "_encode_job", jobs,
-                                    3 * num_proc):
+            for packed in self._pool.map(jobs, ahead=3):
                 for ids in packed:
                     yield np.frombuffer(ids, self.dtype)
-        except RuntimeError:
+        except ChildProcessError:
             self.close()
             raise
 
@@ -700,17 +661,8 @@ def read_pieces(path: str | Path, size: int = 1 << 20) -> Iterator[str]:
     path: a file in UTF-8. size: characters of a piece, about.
     Raises FileNotFoundError, or ValueError where it is not UTF-8.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no text file {str(path)!r}: give the Path "
-                                "of a file, or texts instead of Paths")
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from cut_safely(iter(lambda: file.read(size), ""))
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{str(path)!r} is not UTF-8 (byte 0x{byte:02x}): "
-                         "save it as UTF-8 first") from None
+    with open_text(path, exact=True) as file:
+        yield from cut_safely(iter(lambda: file.read(size), ""))
 
 # %% ../nbs/00_bpe.ipynb #45862ea7
 def iter_texts(source: str | Path | Iterable, column: str = "text"
@@ -737,39 +689,12 @@ def iter_texts(source: str | Path | Iterable, column: str = "text"
                             "str, Path or rows")
         yield item
 
-# %% ../nbs/00_bpe.ipynb #f08ed28a
-def count_elsewhere(texts: Iterable[str], num_proc: int
-                    ) -> Iterator[Counter[str]]:
-    """Counts of the pieces of texts, by batches, from several processes.
-
-    num_proc: how many, the calling one included; it counts when the
-    others have enough to do.
-    """
-    home = importlib.import_module("minigpt.bpe")
-    pool, pending = start_workers(num_proc - 1), deque()
-    try:
-        for batch in batch_texts(texts, 1 << 20):
-            if len(pending) < 2 * num_proc - 2:
-                pending.append(pool.submit(home._count_job, batch))
-            else:
-                yield _count_job(batch)
-            while pending and pending[0].done():
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker process died: in a script, put the call under "
-            "`if __name__ == '__main__':`, or use num_proc=1") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
 # %% ../nbs/00_bpe.ipynb #3aee968b
 def count_words(texts: Iterable[str], num_proc: int = 1,
                 progress: bool | None = None) -> Counter[str]:
     """Count the words of texts that need not fit in memory.
 
-    texts: read once. num_proc: processes that count, this one included.
+    texts: read once. num_proc: processes that count.
     progress: show a bar (None: only in a terminal).
     """
     if num_proc < 1:
@@ -780,8 +705,8 @@ def count_words(texts: Iterable[str], num_proc: int = 1,
                disable=None if progress is None else not progress)
     texts = _watched(texts, bar)
     with bar:
-        for part in (map(split_pieces, texts) if num_proc == 1
-                     else count_elsewhere(texts, num_proc)):
+        for part in ordered_map(installed("count_job"),
+                                batch_texts(texts, 1 << 20), num_proc):
             pieces.update(part)
             if len(pieces) > 1 << 18:
                 words.update(words_of_pieces(pieces))
@@ -794,21 +719,6 @@ def _watched(texts: Iterable[str], bar: tqdm) -> Iterator[str]:
     for text in texts:
         yield text
         bar.update(len(text))
-
-# %% ../nbs/00_bpe.ipynb #055caeea
-def read_json(path: str | Path) -> dict:
-    """A json file that holds an object; errors name the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not json ({error}): was a "
-                         "download cut short?") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} holds no json object")
-    return value
 
 # %% ../nbs/00_bpe.ipynb #88e1f50d
 def parse_vocabulary(vocab: Mapping[str, int], merges: Iterable,
@@ -843,7 +753,7 @@ def read_tokenizer_json(path: str | Path) -> tuple:
 
     Raises ValueError if it asks for what would give other ids here.
     """
-    spec = read_json(path)
+    spec = read_json(path, dict)
     model, pre = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
     odd = [f"model.{name}" for name in
            ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
@@ -932,55 +842,27 @@ def tokenizer_config(vocabulary: Vocabulary) -> dict:
         config |= {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
     return config
 
-# %% ../nbs/00_bpe.ipynb #e219eccd
-def write_files(folder: str | Path, texts: Mapping[str, str],
-                overwrite: bool = False) -> None:
-    """Write text files into a folder, none of them ever half.
-
-    texts: file name -> text. Each is written aside and then renamed.
-    Raises FileExistsError, before anything is written, if a file with
-    another text is there and overwrite is False.
-    """
-    folder = Path(folder)
-    for name, text in texts.items():
-        path = folder / name
-        if (not overwrite and path.exists()
-                and path.read_bytes() != text.encode()):
-            raise FileExistsError(f"{str(path)!r} exists and differs: choose "
-                                  "another folder, or pass overwrite=True")
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = {name: folder / f".{name}.{os.getpid()}.tmp" for name in texts}
-    try:
-        for name, text in texts.items():
-            aside[name].write_text(text, encoding="utf-8", newline="\n")
-        for name in texts:
-            os.replace(aside[name], folder / name)
-    finally:
-        for path in aside.values():
-            path.unlink(missing_ok=True)
-
 # %% ../nbs/00_bpe.ipynb #9509639b
 GPT2_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")]
 
 
 def read_gpt2(encoder_json: str | Path, vocab_bpe: str | Path) -> tuple:
     """Tokens, merges and special tokens of GPT-2's two files."""
-    vocab, path = read_json(encoder_json), Path(vocab_bpe)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    vocab, merges = read_json(encoder_json, dict), read_text(vocab_bpe)
     return parse_vocabulary(vocab, [
-        line for line in lines
+        line for line in merges.split("\n")
         if line and not line.startswith("#version")], {})
 
 # %% ../nbs/00_bpe.ipynb #7321d4d7
 def load_vocabulary(folder: Path) -> tuple:
     """Tokens, merges and special tokens from a folder, in either form."""
     if (folder / "tokenizer.json").is_file():
-        return read_tokenizer_json(folder / "tokenizer.json")
+        with reading(folder / "tokenizer.json"):
+            return read_tokenizer_json(folder / "tokenizer.json")
     for names in GPT2_FILES:
         if (folder / names[0]).is_file():
-            return read_gpt2(*(folder / name for name in names))
+            with reading(folder / names[0]):
+                return read_gpt2(*(folder / name for name in names))
     raise FileNotFoundError(
         f"no tokenizer in {str(folder)!r}: it needs tokenizer.json, or "
         "encoder.json and vocab.bpe")
@@ -1062,14 +944,15 @@ class SavedCodec(BatchCodec):
                  "tokenizer_config.json": tokenizer_config(self)}
         write_files(folder, {
             name: json.dumps(spec, ensure_ascii=False, indent=2)
-            for name, spec in specs.items()}, overwrite)
+            for name, spec in specs.items()}, overwrite=overwrite)
 
     def save_gpt2(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write encoder.json and vocab.bpe, as GPT-2 has, into a folder."""
         model = tokenizer_json(self)["model"]
         lines = ["#version: 0.2", *map(" ".join, model["merges"]), ""]
         write_files(folder, {"encoder.json": json.dumps(model["vocab"]),
-                             "vocab.bpe": "\n".join(lines)}, overwrite)
+                             "vocab.bpe": "\n".join(lines)},
+                    overwrite=overwrite)
 
     def to_tiktoken(self, name: str = "minigpt"):
         """A tiktoken.Encoding with the same ids.

@@ -10,7 +10,6 @@ __all__ = ['check_text', 'load_pair', 'turn_seed', 'as_messages', 'transcript', 
 # %% ../nbs/10_chat.ipynb #imports
 import hashlib
 import json
-import os
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ import torch
 
 from .bpe import BPETokenizer
 from .data import ChatRenderer, check_messages
+from .engine.files import decode_text, parse_json, write_text
 from .generation import (Decoder, Options, RepetitionPenalty,
                                 TextStream, stream_text)
 from .gpt2 import GPT2
@@ -104,19 +104,7 @@ def write_messages(path: str | Path, messages: list[dict],
     Raises FileExistsError if there is such a file and overwrite is False,
     FileNotFoundError if there is no such folder.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another name, or "
-                              "overwrite it (overwrite=True)")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent}: "
-                                "create it first")
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        aside.write_text(transcript(messages), encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_text(path, transcript(messages), overwrite=overwrite)
 
 # %% ../nbs/10_chat.ipynb #parse-transcript
 def parse_transcript(data: bytes, name: str) -> list[dict]:
@@ -126,9 +114,9 @@ def parse_transcript(data: bytes, name: str) -> list[dict]:
     message has no answer, or one with half characters.
     """
     try:
-        found = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is no transcript: {error}") from None
+        found = parse_json(decode_text(data, name), name)
+    except ValueError as error:
+        raise ValueError(f"this is no transcript: {error}") from None
     if isinstance(found, dict):
         found = found.get("messages")
     messages = check_messages(found, name)

@@ -4,38 +4,29 @@
 
 # %% auto #0
 __all__ = ['DATA', 'BUNDLED', 'SEPARATOR', 'TEXT_FILES', 'ROW_FILES', 'ROLE_NAMES', 'TREE_FIELDS', 'HUB_SPLITS', 'HEADER_BYTES',
-           'bundled', 'open_text', 'read_lines', 'read_documents', 'read_jsonl', 'read_json_list', 'load_hub',
-           'file_kind', 'find_files', 'read_table', 'read_rows', 'fields', 'read_texts', 'not_empty', 'load_text',
-           'check_message', 'check_messages', 'from_pairs', 'from_sharegpt', 'from_alpaca', 'from_trl', 'find_messages',
-           'as_chat', 'best_threads', 'oasst_threads', 'tree_rows', 'read_chats', 'load_chats', 'text_of',
-           'fingerprint', 'dedupe', 'keep_lengths', 'first_text', 'split_held', 'draw', 'mix', 'Rendered',
-           'merge_system', 'TurnEncoder', 'ChatRenderer', 'MaskView', 'tokenizer_hash', 'write_tokens', 'read_header',
-           'TokenFile', 'RowEncoder', 'encode_rows', 'chunk_rows', 'part_name', 'part_done', 'write_part', 'run_jobs',
-           'join_parts', 'pack', 'Windows', 'random_places', 'epoch_order', 'shuffled_numbers', 'WindowSampler']
+           'bundled', 'read_lines', 'read_documents', 'read_jsonl', 'read_json_list', 'load_hub', 'file_kind',
+           'find_files', 'read_table', 'read_rows', 'fields', 'read_texts', 'not_empty', 'load_text', 'check_message',
+           'check_messages', 'from_pairs', 'from_sharegpt', 'from_alpaca', 'from_trl', 'find_messages', 'as_chat',
+           'best_threads', 'oasst_threads', 'tree_rows', 'read_chats', 'load_chats', 'text_of', 'fingerprint', 'dedupe',
+           'keep_lengths', 'first_text', 'split_held', 'draw', 'mix', 'Rendered', 'merge_system', 'TurnEncoder',
+           'ChatRenderer', 'MaskView', 'tokenizer_hash', 'write_tokens', 'read_header', 'TokenFile', 'RowEncoder',
+           'encode_rows', 'chunk_rows', 'part_name', 'part_done', 'write_part', 'join_parts', 'pack', 'Windows',
+           'random_places', 'epoch_order', 'shuffled_numbers', 'WindowSampler']
 
 # %% ../nbs/01_data.ipynb #imports
-import bz2
-import gzip
 import hashlib
 import importlib
 import json
-import lzma
-import os
 import random
 import re
 import shutil
-import signal
 import warnings
-import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from functools import lru_cache, partial
 from html import escape
 from importlib.resources import files
 from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +34,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .bpe import BPETokenizer
+from .engine.files import (
+    atomic_file, open_text, parse_json, reading)
+from .engine.parallel import ordered_map
 
 # %% ../nbs/01_data.ipynb #bundled
 DATA = Path(str(files("minigpt"))) / "assets" / "data"
@@ -65,37 +59,15 @@ def bundled(source: str | Path) -> str | Path:
                   f"bundled set of this name is {path}", stacklevel=3)
     return source
 
-# %% ../nbs/01_data.ipynb #open
-def open_text(path: str | Path):
-    """Open a UTF-8 text file for reading, through .gz, .xz or .bz2.
-
-    Raises FileNotFoundError if there is no file of that name.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    opener = openers.get(path.suffix, open)
-    return opener(path, "rt", encoding="utf-8-sig")
-
 # %% ../nbs/01_data.ipynb #readlines
 def read_lines(path: str | Path) -> Iterator[str]:
     """Yield the lines of a text file, packed or not.
 
-    Raises ValueError that names the file if it is damaged or not UTF-8.
+    Raises FileNotFoundError, or ValueError that names the file if it is
+    damaged or not UTF-8.
     """
     with open_text(path) as file:
-        try:
-            yield from file
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise ValueError(f"{path} is not UTF-8 (byte 0x{byte:02x}): "
-                             "save it as UTF-8 first") from None
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-            if getattr(error, "errno", None) is not None:
-                raise  # of the disk
-            raise ValueError(f"{path} is damaged or cut short ({error}): "
-                             "download or pack it again") from None
+        yield from file
 
 # %% ../nbs/01_data.ipynb #readdocs
 def read_documents(path: str | Path) -> Iterator[str]:
@@ -120,15 +92,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, object]]:
     Raises ValueError with both when a line is not valid JSON.
     """
     for number, line in enumerate(read_lines(path), 1):
-        where = f"{path}, line {number}"
-        try:
-            if line.strip():
-                yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: not valid JSON ({error.msg}, column "
-                f"{error.colno}). Each line must hold one JSON "
-                "value: mend or delete this line.") from None
+        if line.strip():
+            yield f"{path}, line {number}", parse_json(line, path, number)
 
 # %% ../nbs/01_data.ipynb #json
 def read_json_list(path: str | Path) -> Iterator[tuple[str, object]]:
@@ -138,11 +103,10 @@ def read_json_list(path: str | Path) -> Iterator[tuple[str, object]]:
     """
     text = "".join(read_lines(path))
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg}). "
-            "If it has one value on each line, name it .jsonl.") from None
+        rows = parse_json(text, path)
+    except ValueError as error:
+        raise ValueError(f"{error}: if it has one value on each line, name "
+                         "it .jsonl") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path}: a .json file must hold a list of rows, "
                          f"this one holds a {type(rows).__name__}")
@@ -820,26 +784,17 @@ HEADER_BYTES = 4096
 
 
 def write_tokens(path: str | Path, ids: Iterable[np.ndarray],
-                 masks: Iterable[np.ndarray] | None, header: dict,
-                 sync: bool = True) -> None:
-    """Write one token file: header, ids, masks. All of it or nothing.
+                 masks: Iterable[np.ndarray] | None, header: dict) -> None:
+    """Write one token file: header, ids, masks.
 
-    It is written under another name and renamed at the end.
     ids: uint16 arrays, in order. masks: uint8 arrays, or None.
-    sync: wait until the disk has it, in case the power fails.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
     line = json.dumps({"format": "minigpt tokens 1", "dtype": "uint16",
                        **header}).encode()
-    with open(part, "wb") as file:
+    with open(path, "wb") as file:
         file.write(line.ljust(HEADER_BYTES - 1) + b"\n")
         for array in chain(ids, masks or ()):
             file.write(array)
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
-    os.replace(part, path)
 
 # %% ../nbs/01_data.ipynb #readheader
 def read_header(path: str | Path) -> dict:
@@ -857,8 +812,9 @@ def read_header(path: str | Path) -> dict:
     if not line.startswith(b'{"format": "minigpt tokens 1"'):
         raise ValueError(f"{path} is not a token file: it does not begin "
                          "with the header that `pack` writes")
-    header = json.loads(line)
-    size = HEADER_BYTES + header["n_tokens"] * (3 if header["mask"] else 2)
+    with reading(path):
+        header = json.loads(line)
+        size = HEADER_BYTES + header["n_tokens"] * (3 if header["mask"] else 2)
     if path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, its "
                          f"header says {size}: it was cut short or changed. "
@@ -995,64 +951,19 @@ def part_done(path: Path) -> bool:
         return False
 
 # %% ../nbs/01_data.ipynb #workers
-def write_part(encoder: RowEncoder, rows: list, path: Path,
-               header: dict) -> Path:
-    """Encode rows into a token file of their own; return its path."""
-    ids, mask, counts = encode_rows(encoder, rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    masks = [mask] if encoder.masked else None
-    write_tokens(path, [ids], masks, {**header, **counts}, sync=False)
-    return path
+def write_part(encoder: RowEncoder, header: dict, job: tuple[list, Path]
+               ) -> Path:
+    """Encode rows into a token file of their own, unless it is there.
 
-
-_encoder: RowEncoder | None = None  # of this process, if it is a worker
-
-
-def _start_worker(*settings) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _encoder = RowEncoder(*settings)
-
-
-def _work(rows: list, path: Path, header: dict) -> Path:
-    return write_part(_encoder, rows, path, header)
-
-# %% ../nbs/01_data.ipynb #runjobs
-def run_jobs(jobs: Iterable[tuple[list, Path]], settings: tuple,
-             header: dict, num_proc: int) -> Iterator[Path]:
-    """Write the parts that are not there yet; yield all in order.
-
-    jobs: (rows, path of the part). settings: for RowEncoder.
+    job: (rows, path of the part). Returns that path.
     """
-    if num_proc <= 1:
-        encoder = RowEncoder(*settings)
-        for rows, part in jobs:
-            if not part_done(part):
-                write_part(encoder, rows, part, header)
-            yield part
-        return
-    home = importlib.import_module("minigpt.data")
-    pool = ProcessPoolExecutor(num_proc, get_context("spawn"),
-                               home._start_worker, settings)
-    waiting: deque[Future | Path] = deque()
-    try:
-        for rows, part in jobs:
-            waiting.append(part if part_done(part) else
-                           pool.submit(home._work, rows, part, header))
-            if len(waiting) > 3 * num_proc:
-                yield _part(waiting.popleft())
-        while waiting:
-            yield _part(waiting.popleft())
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker process died: in a script, put the call under `if "
-            "__name__ == '__main__':`, or use num_proc=1") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _part(job: Future | Path) -> Path:
-    return job if isinstance(job, Path) else job.result()
+    rows, path = job
+    if not part_done(path):
+        ids, mask, counts = encode_rows(encoder, rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tokens(path, [ids], [mask] if encoder.masked else None,
+                     {**header, **counts})
+    return path
 
 # %% ../nbs/01_data.ipynb #joinparts
 def join_parts(parts: Sequence[Path], path: Path, header: dict) -> None:
@@ -1065,9 +976,9 @@ def join_parts(parts: Sequence[Path], path: Path, header: dict) -> None:
     counts = {name: sum(head[name] for head in heads) for name in names}
     if not counts["n_documents"]:
         raise ValueError(
-            f"nothing to pack into {path}: all {counts['n_dropped']} "
-            "conversations were dropped, because max_length="
-            f"{header['max_length']} leaves room for no answer")
+            f"nothing to pack: all {counts['n_dropped']} conversations were "
+            f"dropped, because max_length={header['max_length']} leaves room "
+            "for no answer")
     masks = (TokenFile(part).mask for part in parts)
     write_tokens(path, (TokenFile(part).ids for part in parts),
                  masks if header["mask"] else None, {**header, **counts})
@@ -1096,17 +1007,14 @@ def pack(rows: Iterable[str | dict], path: str | Path,
     chunk: characters that are encoded at a time.
     Raises FileExistsError, or ValueError for bad or no rows.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: pass overwrite=True to "
-                              "replace it, or choose another path")
-    rows = iter(rows)
+    path, rows = Path(path), iter(rows)
     first = next(rows, None)
     if first is None:
         raise ValueError(f"nothing to pack into {path}: the dataset is empty")
-    settings = (tokenizer, not isinstance(first, str), max_length)
-    RowEncoder(*settings)  # if they do not fit, it fails here, at once
-    header = {"vocab_size": tokenizer.vocab_size, "mask": settings[1],
+    masked = not isinstance(first, str)
+    home = importlib.import_module("minigpt.data")  # others can import this
+    encoder = home.RowEncoder(tokenizer, masked, max_length)
+    header = {"vocab_size": tokenizer.vocab_size, "mask": masked,
               "tokenizer": tokenizer_hash(tokenizer),
               "max_length": max_length}
     folder = path.with_name(path.name + ".parts")
@@ -1115,15 +1023,18 @@ def pack(rows: Iterable[str | dict], path: str | Path,
     bar = tqdm(unit=" tokens", unit_scale=True,
                disable=None if progress is None else not progress)
     parts = []
-    with bar:
-        for part in run_jobs(jobs, settings, header, num_proc):
-            parts.append(part)
-            bar.update(read_header(part)["n_tokens"])
-    try:
-        join_parts(parts, path, header)
-    except ValueError:  # all were dropped; any other error keeps the parts
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, overwrite=overwrite) as aside:
+        with bar:
+            for part in ordered_map(partial(home.write_part, encoder, header),
+                                    jobs, num_proc, ahead=3):
+                parts.append(part)
+                bar.update(read_header(part)["n_tokens"])
+        try:
+            join_parts(parts, aside, header)
+        except ValueError:  # all were dropped; other errors keep the parts
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     shutil.rmtree(folder, ignore_errors=True)
     return TokenFile(path)
 

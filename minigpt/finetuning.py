@@ -30,13 +30,15 @@ from .bpe import BPETokenizer
 from .data import (DATA, SEPARATOR, ChatRenderer, RowEncoder, Windows,
                           as_chat, check_messages, load_chats, read_rows,
                           shuffled_numbers)
+from .engine.files import refuse_unwritable
 from .evaluation import score_chats, score_texts
 from .generation import Decoder, Generation, generate
 from .gpt2 import GPT2
 from .training import (Batches, Checkpoints, Phase, Ranks, Run,
                               Stepper, TokenArray, TrainConfig, TrainResult,
                               check_memory, check_run, join_ranks, resume_run,
-                              run_loop, sync_gradients, train, whole_model)
+                              run_lock, run_loop, sync_gradients, train,
+                              whole_model)
 
 # %% ../nbs/07_finetuning.ipynb #reply
 from .evaluation import fit_prompts
@@ -355,17 +357,19 @@ def check_pair(model: GPT2, tokenizer: BPETokenizer) -> None:
 
 
 def check_out(out: str | Path | None, resume: bool | str) -> Path | None:
-    """The folder of a run; FileExistsError if a model is in it already."""
+    """The folder of a run; FileExistsError if a model is in it already.
+
+    Raises OSError, before any work, where it can't be written.
+    """
     if out is None:
         return None
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file: name a folder")
     if (out / "model").exists() and not resume:
         raise FileExistsError(
             f"{out} holds a model already, {out / 'model'}: name another "
             "folder, or go on with a tuning that was stopped (--resume, "
             "resume=True)")
+    refuse_unwritable(out)
     return out
 
 # %% ../nbs/07_finetuning.ipynb #heldrows
@@ -738,18 +742,21 @@ def dpo(model: GPT2, pairs: Any = None, *, tokenizer: BPETokenizer,
     check_dpo(config, beta, ranks.world)
     rows.share(config, ranks, size=2)
     phase = Phase(rows, loss="answers")
-    check_run(model, [phase], config, None, out, resume, tokenizer)
-    run = Run(model, config, Batches([phase], config, rows.block_size, ranks),
-              PairStepper(model, config, ranks, beta), ranks,
-              Checkpoints(out, config.keep_last) if out else None, tokenizer)
-    check_memory(run)
-    frozen, before = run.stepper.reference, {}
-    if judge:
-        reference = pair_logprobs(frozen, judge)
-        before = measure_pairs(frozen, judge, reference, beta)
-    if resume:
-        resume_run(run, force=resume == "force")
-    stopped = run_loop(run, None, callbacks, progress)
+    with run_lock(out, ranks):
+        check_run(model, [phase], config, None, out, resume, tokenizer)
+        run = Run(model, config,
+                  Batches([phase], config, rows.block_size, ranks),
+                  PairStepper(model, config, ranks, beta), ranks,
+                  Checkpoints(out, config.keep_last) if out else None,
+                  tokenizer)
+        check_memory(run)
+        frozen, before = run.stepper.reference, {}
+        if judge:
+            reference = pair_logprobs(frozen, judge)
+            before = measure_pairs(frozen, judge, reference, beta)
+        if resume:
+            resume_run(run, force=resume == "force")
+        stopped = run_loop(run, None, callbacks, progress)
     model.eval()
     result = FinetuneResult(model, run.history, run.step, stopped, out, before)
     save_tuned(result, tokenizer, ranks)

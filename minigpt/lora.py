@@ -12,7 +12,6 @@ __all__ = ['PLAIN_LORA', 'LoraConfig', 'check_lora', 'LoraProduct', 'in_one_dtyp
            'quantize_nf4', 'NF4Product', 'NF4Linear', 'quantize_model']
 
 # %% ../nbs/08_lora.ipynb #imports
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -27,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .attention import first_order
-from .gpt2 import (GPT2, GPT2Core, our_name, read_tensors,
-                          write_aside, write_json)
+from .engine.files import atomic_folder, read_json
+from .gpt2 import GPT2, GPT2Core, our_name, read_tensors, write_json
 from .training import summed_loss
 
 # %% ../nbs/08_lora.ipynb #config
@@ -578,15 +577,11 @@ def save_adapter(model: GPT2Core, folder: str | Path, name: str = "default",
                          f"{', '.join(configs)}")
     values = config_to_peft(configs[name], list(lora_layers(model, name)),
                             base_model)
-
-    def write(aside: Path) -> None:
+    with atomic_folder(folder, overwrite=overwrite) as aside:
         write_json(aside / "adapter_config.json", values)
         save_file(adapter_tensors(model, name),
                   aside / "adapter_model.safetensors",
                   metadata={"format": "pt"})
-        (aside / "adapter_model.safetensors").chmod(
-            (aside / "adapter_config.json").stat().st_mode)
-    write_aside(folder, write, overwrite)
 
 # %% ../nbs/08_lora.ipynb #configfrompeft
 PLAIN_LORA = {"peft_type": ("LORA",), "use_dora": (None, False),
@@ -680,7 +675,7 @@ def read_adapter(folder: str | Path, model: nn.Module
             layer, part = split_name(key)
             parts.setdefault(layer, {})[part] = tensor
         layers = [layer for layer, part in parts.items() if "A" in part]
-        values = json.loads(paths[0].read_text(encoding="utf-8"))
+        values = read_json(paths[0], dict)
         config = config_from_peft(values, layers)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} can't be read as a LoRA adapter: "

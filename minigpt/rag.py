@@ -6,12 +6,12 @@
 __all__ = ['STOP', 'FAISS_FROM', 'KINDS', 'FORMAT', 'FILE', 'COURSE', 'THRESHOLD', 'NOT_SAID', 'DOT', 'idf', 'Numbers',
            'count_words', 'best', 'BM25', 'build_bm25', 'stem', 'raw_words', 'words', 'query_words', 'index_words',
            'ModelEmbedder', 'mean_states', 'weights_hash', 'Dense', 'faiss_index', 'SentenceEmbedder', 'open_embedder',
-           'fuse', 'mmr', 'diverse', 'map_tensors', 'as_bytes', 'from_bytes', 'Records', 'replace_file', 'save_index',
-           'open_index', 'Part', 'known_parts', 'reusable_parts', 'read_parts', 'embed_parts', 'seen_from', 'stamps',
-           'origin_of', 'sources_of', 'identity', 'same_embedder', 'Hit', 'Index', 'check_query', 'rank_passages',
-           'build_index', 'coverage', 'reading_prompt', 'plain', 'sentences', 'Citation', 'span', 'denies',
-           'cite_sentence', 'cite', 'Answer', 'quote', 'supported', 'RAG', 'read_prompt', 'shorten', 'read_hits',
-           'holds_own', 'open_documents', 'up_to_date']
+           'fuse', 'mmr', 'diverse', 'map_tensors', 'as_bytes', 'from_bytes', 'Records', 'save_index', 'open_index',
+           'Part', 'known_parts', 'reusable_parts', 'read_parts', 'embed_parts', 'seen_from', 'stamps', 'origin_of',
+           'sources_of', 'identity', 'same_embedder', 'Hit', 'Index', 'check_query', 'rank_passages', 'build_index',
+           'coverage', 'reading_prompt', 'plain', 'sentences', 'Citation', 'span', 'denies', 'cite_sentence', 'cite',
+           'Answer', 'quote', 'supported', 'RAG', 'read_prompt', 'shorten', 'read_hits', 'holds_own', 'open_documents',
+           'up_to_date']
 
 # %% ../nbs/09_rag.ipynb #imports
 import hashlib
@@ -20,11 +20,9 @@ import json
 import math
 import os
 import re
-import secrets
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -36,6 +34,7 @@ import numpy as np
 from .engine.documents import (MAX_BYTES, OVERLAP, SIZE, Passage,
                                check_sizes, chunk, find_documents,
                                parse_document, read_bytes, split_units)
+from .engine.files import atomic_file
 
 # %% ../nbs/09_rag.ipynb #idf
 def idf(df: np.ndarray | int, N: int, kind: str = "lucene") -> np.ndarray:
@@ -436,7 +435,8 @@ def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 raise ValueError("it is cut off")
             tensors[name] = whole[part].view(KINDS[entry["dtype"]]).reshape(
                 entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError,
+            RecursionError) as error:
         raise ValueError(f"{path} is broken or no index ({error}): "
                          "build it again") from None
     return tensors, metadata
@@ -473,32 +473,13 @@ class Records(Sequence):
         begin = self.ends[n - 1] if n else 0
         return Passage(*from_bytes(self.data[begin:self.ends[n]]))
 
-# %% ../nbs/09_rag.ipynb #replace-file
-def replace_file(path: Path, tensors: dict[str, np.ndarray],
-                 metadata: dict[str, str]) -> None:
-    """Write a safetensors file as a whole or not at all; OSError if it
-    cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        aside.touch()
-        rights = aside.stat().st_mode
-        save_file(tensors, aside, metadata)
-        aside.chmod(rights)
-        os.replace(aside, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-
 # %% ../nbs/09_rag.ipynb #save-index
 FORMAT, FILE = "minigpt-index-2", "index.safetensors"
 
 
 def save_index(index: "Index", folder: str | Path) -> None:
     """Write an index into a folder; FileExistsError if that is a file."""
+    from safetensors.numpy import save_file
     folder, bm25 = Path(folder), index.bm25
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder")
@@ -511,7 +492,8 @@ def save_index(index: "Index", folder: str | Path) -> None:
                 "sources": json.dumps(index.sources),
                 "origin": json.dumps(index.origin)}
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / FILE, tensors, metadata)
+    with atomic_file(folder / FILE, overwrite=True) as aside:
+        save_file(tensors, aside, metadata)
 
 # %% ../nbs/09_rag.ipynb #open-index
 def open_index(folder: str | Path) -> "Index":

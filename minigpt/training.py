@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'ALLOWED', 'POSITIVE', 'PEAK_TFLOPS', 'COLUMNS', 'MAY_CHANGE', 'MACHINES', 'KIND', 'KINDS', 'RECIPE',
            'TrainConfig', 'fits', 'check_training', 'learning_rate', 'make_optimizer', 'RowsLoss', 'summed_loss',
-           'pick_precision', 'Ranks', 'join_ranks', 'distribute', 'sync_gradients', 'seed_step', 'Stepper',
-           'is_out_of_memory', 'out_of_memory', 'TokenArray', 'Phase', 'Batches', 'window_sums', 'evaluating',
-           'held_out_loss', 'flops_per_token', 'peak_flops', 'whole', 'model_tensors', 'optimizer_tensors',
-           'load_tensors', 'file_check', 'write_folder', 'Checkpoints', 'Stopper', 'read_log', 'CSVLog', 'Meter', 'Run',
-           'run_settings', 'save_run', 'resume_run', 'evaluate_run', 'check_tokens', 'check_run', 'available_memory',
-           'largest_batch', 'check_memory', 'TrainResult', 'progress_bar', 'guarded', 'report_row', 'read_meter',
-           'run_loop', 'train', 'loss_figure', 'in_notebook', 'LivePlot', 'reference_curve', 'against_reference',
-           'Samples', 'TensorBoardLog', 'Machine', 'machine_here', 'meta_model', 'measure_speed', 'short_batch', 'Plan',
-           'plan', 'StreamSampler', 'find_recipe', 'toml_reader', 'check_names', 'load_recipe', 'find_data',
-           'file_sums', 'is_current', 'split_rows', 'recipe_rows', 'recipe_tokens', 'new_model', 'recipe_tokenizer',
-           'recipe_stream', 'recipe_phases', 'whole_model', 'run_recipe']
+           'Ranks', 'join_ranks', 'distribute', 'sync_gradients', 'seed_step', 'Stepper', 'is_out_of_memory',
+           'out_of_memory', 'TokenArray', 'Phase', 'Batches', 'window_sums', 'evaluating', 'held_out_loss',
+           'flops_per_token', 'peak_flops', 'whole', 'model_tensors', 'optimizer_tensors', 'load_tensors', 'file_check',
+           'write_folder', 'saved_state', 'Checkpoints', 'Stopper', 'read_log', 'CSVLog', 'Meter', 'Run',
+           'run_settings', 'save_run', 'resume_run', 'evaluate_run', 'check_tokens', 'check_run', 'largest_batch',
+           'check_memory', 'TrainResult', 'progress_bar', 'guarded', 'report_row', 'read_meter', 'run_loop', 'run_lock',
+           'train', 'loss_figure', 'in_notebook', 'LivePlot', 'reference_curve', 'against_reference', 'Samples',
+           'TensorBoardLog', 'Machine', 'machine_here', 'meta_model', 'measure_speed', 'short_batch', 'Plan', 'plan',
+           'StreamSampler', 'find_recipe', 'toml_reader', 'check_names', 'load_recipe', 'find_data', 'file_sums',
+           'is_current', 'split_rows', 'recipe_rows', 'recipe_tokens', 'new_model', 'recipe_tokenizer', 'recipe_stream',
+           'recipe_phases', 'whole_model', 'run_recipe']
 
 # %% ../nbs/04_training.ipynb #imports
 import atexit
@@ -31,7 +31,7 @@ import threading
 import time
 import warnings
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from numbers import Integral, Real
@@ -52,8 +52,11 @@ from .bpe import BPETokenizer
 from .data import (ROW_FILES, TEXT_FILES, TokenFile, Windows,
                           WindowSampler, find_files, load_chats, load_text,
                           pack, split_held, tokenizer_hash)
-from .gpt2 import (ASSETS, GPT2, GPT2Config, Memory, pick_device,
-                          pick_dtype)
+from .engine.devices import pick_device, pick_dtype, total_memory
+from .engine.files import (
+    atomic_file, atomic_folder, read_json, read_text, write_text)
+from .engine.locks import locked_folder
+from .gpt2 import ASSETS, GPT2, GPT2Config, Memory
 
 # %% ../nbs/04_training.ipynb #config
 @dataclass(frozen=True)
@@ -239,23 +242,6 @@ def summed_loss(model: nn.Module, ids: Tensor, targets: Tensor,
         return scale * F.cross_entropy(logits, targets.flatten(),
                                        ignore_index=-100, reduction="sum")
 
-# %% ../nbs/04_training.ipynb #pick-precision
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the forward pass.
-
-    "auto" is bfloat16 on GPUs that compute in it (Ampere and later),
-    float16 with a gradient scaler on older ones, float32 elsewhere.
-    float16 by name also trains on a CPU, slowly: to try it out.
-    """
-    old_gpu = device.type == "cuda" and \
-        torch.cuda.get_device_capability(device) < (8, 0)
-    if name == "float16" and device.type not in ("cuda", "cpu"):
-        raise ValueError(f"dtype='float16' does not train on {device}: "
-                         "take 'bfloat16' or 'float32'")
-    if name == "auto" and old_gpu:
-        return torch.float16
-    return pick_dtype(device, name)
-
 # %% ../nbs/04_training.ipynb #ranks
 @dataclass(frozen=True)
 class Ranks:
@@ -357,7 +343,7 @@ class Stepper:
     def __init__(self, model: nn.Module, config: TrainConfig,
                  ranks: Ranks = Ranks(), loss: Callable = summed_loss):
         self.config, self.ranks, self.device = config, ranks, ranks.device
-        self.dtype = pick_precision(config.dtype, ranks.device)
+        self.dtype = pick_dtype(ranks.device, config.dtype, training=True)
         self.model = distribute(model.to(ranks.device), config, ranks,
                                 self.dtype)
         self.optimizer = make_optimizer(model, config)
@@ -680,29 +666,21 @@ def write_folder(folder: Path, files: dict[str, Callable[[Path], Any]]
     Sizes and checksums go into manifest.json. On any error the folder, if
     there was one, stays as it was.
     """
-    aside = folder.with_name(f".{folder.name}.part")
-    older = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with atomic_folder(folder, overwrite=True) as aside:
         for name, write in files.items():
             write(aside / name)
         manifest = {name: file_check(aside / name) for name in files}
         (aside / "manifest.json").write_text(json.dumps(manifest),
                                              encoding="utf-8")
-        for path in aside.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            os.replace(folder, older)
-        os.replace(aside, folder)
-    finally:
-        if older.exists() and not folder.exists():
-            os.replace(older, folder)
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(older, ignore_errors=True)
 
 # %% ../nbs/04_training.ipynb #checkpoints
+def saved_state(state: dict) -> bytes:
+    """What torch.save writes; a full disk is then an OSError."""
+    box = io.BytesIO()
+    torch.save(state, box)
+    return box.getvalue()
+
+
 class Checkpoints:
     """The checkpoints of a run: folders step-00000100, ... in `folder`.
 
@@ -739,7 +717,7 @@ class Checkpoints:
         write_folder(self.path(step), {
             "model.safetensors": lambda p: save_file(weights, p),
             "optimizer.safetensors": lambda p: save_file(moments, p),
-            "state.pt": lambda p: torch.save(state, p),
+            "state.pt": lambda p: p.write_bytes(saved_state(state)),
             "config.json": lambda p: p.write_text(text, encoding="utf-8")})
         # a later one belongs to a part of the run that was given up
         kept = [s for s in self.steps() if s <= step][-self.keep:]
@@ -760,9 +738,9 @@ class Checkpoints:
         """Whether each file is there, and as it was written."""
         folder = self.path(step)
         try:
-            text = (folder / "manifest.json").read_text(encoding="utf-8")
+            manifest = read_json(folder / "manifest.json", dict)
             return all(file_check(folder / name) == seen
-                       for name, seen in json.loads(text).items())
+                       for name, seen in manifest.items())
         except (OSError, ValueError):
             return False
 
@@ -781,16 +759,14 @@ class Checkpoints:
 
     def mark_best(self, step: int, loss: float) -> None:
         """Note that a checkpoint has the lowest held-out loss so far."""
-        aside = self.folder / ".best.json"
-        aside.write_text(json.dumps({"step": step, "loss": loss}),
-                         encoding="utf-8")
-        os.replace(aside, self.folder / "best.json")
+        write_text(self.folder / "best.json", json.dumps(
+            {"step": step, "loss": loss}), overwrite=True)
 
     def best(self) -> tuple[int | None, float]:
         """The best one's step and loss; (None, inf) where there is none."""
         try:
-            text = (self.folder / "best.json").read_text(encoding="utf-8")
-            step, loss = (json.loads(text)[key] for key in ("step", "loss"))
+            best = read_json(self.folder / "best.json", dict)
+            step, loss = best["step"], best["loss"]
         except (OSError, ValueError, KeyError):
             return None, math.inf
         return (step, loss) if self.path(step).exists() else (None, math.inf)
@@ -851,12 +827,11 @@ class CSVLog:
         self.path, self.rows = Path(path), []
         if after and self.path.exists():
             self.rows = [r for r in read_log(path) if r["step"] <= after]
-        aside = self.path.with_name(f".{self.path.name}.part")
-        with open(aside, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(aside, self.path)
+        with atomic_file(self.path, overwrite=True) as aside:
+            with open(aside, "w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(self.rows)
 
     def add(self, row: dict[str, float], model: Any = None) -> None:
         """Write a line; `model` is there to make this a callback."""
@@ -1084,19 +1059,6 @@ def check_run(model: GPT2, phases: list[Phase], config: TrainConfig,
         raise ValueError(f"{out} holds checkpoints of an earlier run: pass "
                          "resume=True to go on with it, or another folder")
 
-# %% ../nbs/04_training.ipynb #available-memory
-def available_memory(device: torch.device) -> float:
-    """Bytes of memory of a device: a GPU's own, else this machine's.
-
-    Infinite where the system does not tell.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):           # Windows
-        return math.inf
-
 # %% ../nbs/04_training.ipynb #largest-batch
 def largest_batch(config: GPT2Config, memory: float, length: int,
                   dtype: str | torch.dtype = "float32",
@@ -1123,7 +1085,7 @@ def check_memory(run: Run) -> None:
     if run.ranks.world > 1 and c.parallel == "fsdp":
         return
     rows = c.micro_batch or c.batch_size // run.ranks.world
-    have, kind = available_memory(run.ranks.device), run.ranks.device.type
+    have, kind = total_memory(run.ranks.device), run.ranks.device.type
     need = shape.memory(rows, run.length, run.stepper.dtype, training=True,
                         device=kind).peak
     # a compiled step on a GPU needs less than the prediction
@@ -1248,6 +1210,11 @@ def run_loop(run: Run, held: Any, callbacks: Iterable[Callable],
     return stopper.reason or ("another process" if stop else "")
 
 # %% ../nbs/04_training.ipynb #train
+def run_lock(out: Path | None, ranks: Ranks):
+    """Keep other processes out of a run's folder, within a block."""
+    return locked_folder(out) if out and not ranks.rank else nullcontext()
+
+
 def train(model: GPT2, data: Any, config: TrainConfig = TrainConfig(), *,
           held: Any = None, out: str | Path | None = None,
           resume: bool | str = False, tokenizer: BPETokenizer | None = None,
@@ -1271,22 +1238,23 @@ def train(model: GPT2, data: Any, config: TrainConfig = TrainConfig(), *,
     phases = list(data) if several and data else [
         data if isinstance(data, Phase) else Phase(data)]
     held = held if held is None or hasattr(held, "ids") else Phase(held).data
-    out = Path(out) if out else None
-    check_run(model, phases, config, held, out, resume, tokenizer)
-    ranks = join_ranks(config.device)
-    length = config.block_size or model.config.block_size
-    batches = Batches(phases, config, length, ranks)
-    if ranks.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    run = Run(model, config, batches,
-              Stepper(model, config, ranks, loss), ranks,
-              Checkpoints(out, config.keep_last) if out else None, tokenizer)
-    check_memory(run)
-    if resume:
-        resume_run(run, force=resume == "force")
-    stopped = run_loop(run, held, callbacks, progress)
-    model.eval()
-    return TrainResult(model, run.history, run.step, stopped, out)
+    out, ranks = Path(out) if out else None, join_ranks(config.device)
+    with run_lock(out, ranks):
+        check_run(model, phases, config, held, out, resume, tokenizer)
+        length = config.block_size or model.config.block_size
+        batches = Batches(phases, config, length, ranks)
+        if ranks.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        run = Run(model, config, batches,
+                  Stepper(model, config, ranks, loss), ranks,
+                  Checkpoints(out, config.keep_last) if out else None,
+                  tokenizer)
+        check_memory(run)
+        if resume:
+            resume_run(run, force=resume == "force")
+        stopped = run_loop(run, held, callbacks, progress)
+        model.eval()
+        return TrainResult(model, run.history, run.step, stopped, out)
 
 # %% ../nbs/04_training.ipynb #loss-figure
 def loss_figure(rows: list[dict[str, float]],
@@ -1372,8 +1340,7 @@ def reference_curve(name: str) -> dict[str, list[float]]:
 
     Returns lists "step", "low", "high", each as long as the others.
     """
-    path = ASSETS / "curves.json"
-    curves = json.loads(path.read_text(encoding="utf-8"))
+    curves = read_json(ASSETS / "curves.json", dict)
     if name not in curves:
         raise ValueError(f"no reference curve {name!r}; there are: "
                          f"{', '.join(curves)}")
@@ -1488,12 +1455,12 @@ MACHINES = {
 # %% ../nbs/04_training.ipynb #machine-here
 def machine_here(device: torch.device) -> Machine:
     """The device that is here, as a Machine."""
-    dtype = str(pick_precision("auto", device)).removeprefix("torch.")
+    dtype = str(pick_dtype(device, training=True)).removeprefix("torch.")
     name = "this machine's " + device.type.upper()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     peak = peak_flops(device, getattr(torch, dtype))
-    return Machine(name, available_memory(device), peak / 1e12, 0.4,
+    return Machine(name, total_memory(device), peak / 1e12, 0.4,
                    dtype=dtype)
 
 # %% ../nbs/04_training.ipynb #meta-model
@@ -1762,9 +1729,10 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
     Raises FileNotFoundError, or ValueError naming what it does not know.
     """
     path = find_recipe(name)
+    text = read_text(path)
     try:
-        recipe = toml_reader().loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
+        recipe = toml_reader().loads(text)
+    except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path} is no TOML: {problem}") from problem
     check_names(recipe, "", path)
     phases = recipe.get("phase")
@@ -2007,33 +1975,34 @@ def run_recipe(recipe: str | Path | dict, *, out: str | Path | None = None,
         recipe = load_recipe(recipe)
     out = Path(out or recipe.get("out", f"runs/{recipe.get('name', 'run')}"))
     options = {**recipe.get("train", {}), **(changes or {})}
-    check_names(options, "train", Path(recipe.get("name", "the settings")))
+    check_names(options, "train", Path(recipe.get("name") or "settings"))
     if isinstance(options.get("betas"), list):
         options["betas"] = tuple(options["betas"])
     config = TrainConfig(**options)
     ranks = join_ranks(config.device)
-    tokenizer = recipe_tokenizer(recipe, out, folder, ranks)
-    shape = dict(recipe.get("model", {}))
-    preset = shape.pop("preset", "nano")
-    model = new_model(GPT2Config.preset(
-        preset, **{"vocab_size": tokenizer.vocab_size, **shape}), config.seed)
-    phases, held = recipe_phases(recipe, model.config, config, tokenizer,
-                                 out, folder, ranks, num_proc,
-                                 bool(Checkpoints(out).steps())
-                                 and resume != "force")
-    callbacks = list(callbacks)
-    if recipe.get("tensorboard") and not ranks.rank:
-        callbacks.append(TensorBoardLog(out / "tensorboard"))
-    sharded = config.parallel == "fsdp" and ranks.world > 1
-    if "samples" in recipe and sharded:
-        warnings.warn("no samples are written while the model is sharded")
-    elif "samples" in recipe:
-        callbacks.append(Samples(tokenizer, path=out / "samples.jsonl",
-                                 **recipe["samples"]))
-    result = train(model, phases, config, held=held, out=out, resume=resume,
-                   tokenizer=tokenizer, callbacks=callbacks,
-                   progress=progress)
-    finished = whole_model(model)
-    if not ranks.rank:
-        finished.save_pretrained(out / "model", tokenizer, overwrite=True)
-    return result
+    with run_lock(out, ranks):
+        tokenizer = recipe_tokenizer(recipe, out, folder, ranks)
+        shape = dict(recipe.get("model", {}))
+        preset = shape.pop("preset", "nano")
+        shape = {"vocab_size": tokenizer.vocab_size, **shape}
+        model = new_model(GPT2Config.preset(preset, **shape), config.seed)
+        phases, held = recipe_phases(recipe, model.config, config, tokenizer,
+                                     out, folder, ranks, num_proc,
+                                     bool(Checkpoints(out).steps())
+                                     and resume != "force")
+        callbacks = list(callbacks)
+        if recipe.get("tensorboard") and not ranks.rank:
+            callbacks.append(TensorBoardLog(out / "tensorboard"))
+        sharded = config.parallel == "fsdp" and ranks.world > 1
+        if "samples" in recipe and sharded:
+            warnings.warn("no samples are written while the model is sharded")
+        elif "samples" in recipe:
+            callbacks.append(Samples(tokenizer, path=out / "samples.jsonl",
+                                     **recipe["samples"]))
+        result = train(model, phases, config, held=held, out=out, resume=resume,
+                       tokenizer=tokenizer, callbacks=callbacks,
+                       progress=progress)
+        finished = whole_model(model)
+        if not ranks.rank:
+            finished.save_pretrained(out / "model", tokenizer, overwrite=True)
+        return result

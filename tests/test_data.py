@@ -116,23 +116,6 @@ def test_damaged_packed_files_name_the_file(tmp_path, name, packer, kind, load):
         load(path)
 
 
-def test_an_error_of_the_disk_is_not_called_damage(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("x")
-
-    class Broken:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return False
-
-        def __iter__(self):
-            raise OSError(5, "Input/output error")
-    monkeypatch.setattr(data, "open_text", lambda path: Broken())
-    with pytest.raises(OSError, match="Input/output error"):
-        load_text(tmp_path / "a.txt")
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
 def test_text_that_is_not_utf8_names_the_file(tmp_path, name):
     raw = '{"text": "un caf\xe9"}\n'.encode("latin-1")
@@ -397,7 +380,7 @@ def test_pairs_layout_packed(tmp_path):
 # ------------------------------------------------------------------ bad input
 
 @pytest.mark.parametrize("line, says", [
-    ('{"messages": [', r"line 2: not valid JSON"),
+    ('{"messages": [', r"line 2: not valid JSON"), ("[" * 100_000, r"line 2: not valid JSON .nested too deeply"),
     ('{"question": "Q?"}', r"line 2: no conversation here, the row has 'question'"),
     ('{"text": "only a text"}', r"line 2: no conversation here"),
     ("[1, 2, 3]", r"line 2: expected an object"),

@@ -170,7 +170,7 @@ def test_without_pypdf(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, data, told", [
-    ("a.txt", b"abc\0def", "binary file"), ("a.md", "café".encode("latin1"), "not UTF-8: byte 0xe9 at position 3"),
+    ("a.txt", b"abc\0def", "binary file"), ("a.md", "café".encode("latin1"), "not UTF-8 .byte 0xe9.: save it as UTF-8"),
     ("a.txt", b" \n ", "holds no text"), ("a.txt", b"", "holds no text"), ("a.docx", b"x", "cannot read '.docx'"),
     ("noending", b"x", "cannot read 'no ending'"), ("a.ipynb", b"{}", "is no notebook"),
     ("a.ipynb", b"[1", "is no notebook"), ("a.ipynb", b'{"cells": [1]}', "is no notebook"),

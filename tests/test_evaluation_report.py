@@ -19,7 +19,8 @@ from minigpt.engine import evaluate
 from minigpt.engine.evaluate import _free_folder as free_folder
 from minigpt.data import ChatRenderer, load_chats
 from minigpt.evaluation import NOT_SAID, bleu, score_chats, token_f1
-from minigpt.gpt2 import GPT2, GPT2Config, pick_device
+from minigpt.engine.devices import pick_device
+from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.engine.report import (
     SUITES, PlainRenderer, Suite, answers_part, by_kind, compare, open_model, renderer_for, report_html,
     report_rows, report_table, run_suite, take_evenly, write_report)

@@ -5,18 +5,17 @@ import gzip
 import json
 import lzma
 import os
-import signal
 import stat
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from minigpt.engine import files
-from minigpt.engine.files import (atomic_file, atomic_folder, decode_text, locked, open_text, parse_json, read_json,
-                                  read_text, refuse_existing, refuse_same, write_text)
+from minigpt.engine.files import (atomic_file, atomic_folder, decode_text, open_text, parse_json, read_json,
+                                  read_text, reading, refuse_existing, refuse_same, refuse_unwritable,
+                                  write_files, write_text)
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX files")
 
@@ -58,12 +57,35 @@ def test_text_is_read_packed_or_not(tmp_path, suffix, pack):
     path.write_bytes(pack("\ufeffcafé\r\n😀\n".encode()))
     with open_text(path) as file:
         assert list(file) == ["café\n", "😀\n"]
-    with open_text(path, newline="") as file:
-        assert file.read() == "café\r\n😀\n"
+    with open_text(path, exact=True) as file:
+        assert file.read() == "\ufeffcafé\r\n😀\n"
     if suffix:
         path.write_bytes(pack(b"a" * 10_000)[:-9])
         with pytest.raises(ValueError, match=f"a.txt{suffix} is damaged or cut short"), open_text(path) as file:
             file.read()
+
+
+def test_an_error_of_the_disk_is_not_called_damage(tmp_path, monkeypatch):
+    def broken(path, *args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+    (tmp_path / "a.gz").write_bytes(b"no packed file")
+    with pytest.raises(ValueError, match="damaged"), open_text(tmp_path / "a.gz") as file:
+        file.read()
+    monkeypatch.setitem(files.OPENERS, ".gz", broken)
+    with pytest.raises(OSError, match="Input/output error"), open_text(tmp_path / "a.gz"):
+        pass
+
+
+def test_a_file_that_holds_something_else_is_named():
+    for broken, kind in (({}, "KeyError: 'weight_map'"), ({"weight_map": 7}, "TypeError"), ("x", "TypeError")):
+        with pytest.raises(ValueError, match=f"^index.json does not hold what it should .{kind}"), reading("index.json"):
+            broken["weight_map"]["a"]
+    with pytest.raises(ValueError, match="^index.json: bad shape$"), reading("index.json"):
+        raise ValueError("bad shape")
+    with pytest.raises(ValueError, match="^line 3 of index.json$"), reading("index.json"):
+        raise ValueError("line 3 of index.json")
+    with pytest.raises(ZeroDivisionError), reading("index.json"):
+        1 / 0
 
 
 def test_what_is_no_file_is_not_read(tmp_path):
@@ -130,6 +152,22 @@ def test_source_and_target_may_not_be_one(tmp_path):
     refuse_same("owner/dataset-of-the-hub", source)
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path, monkeypatch):
+    refuse_unwritable(tmp_path)
+    refuse_unwritable(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path)
+    refuse_unwritable("run")
+    assert names(tmp_path) == []
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(NotADirectoryError, match="file is a file: give a folder"):
+            refuse_unwritable(path)
+    if sys.platform.startswith("linux"):
+        with pytest.raises(OSError) as error:
+            refuse_unwritable("/proc/run")
+        assert error.value.filename == "/proc/run"
+
+
 # ---------------------------------------------------------------------- files
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -158,6 +196,22 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path):
         aside.write_text("ours")
         path.write_text("theirs")
     assert path.read_text() == "theirs" and names(tmp_path) == ["a"]
+
+
+def test_several_files_are_replaced_when_all_are_written(tmp_path, monkeypatch):
+    folder = tmp_path / "deep" / "f"
+    write_files(folder, {"a": "é", "b": "\n"})
+    write_files(folder, {"a": "é", "b": "\n"})      # the same again is fine
+    for texts in ({"b": "new", "a": "new"}, {"c": "new", "a": "new"}):
+        with pytest.raises(FileExistsError, match="a exists|b exists"):
+            write_files(folder, texts)
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: 1 / 0 if data == b"bad" else write(self, data))
+    with pytest.raises(ZeroDivisionError):
+        write_files(folder, {"a": "new", "b": "bad"}, overwrite=True)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {"a": b"\xc3\xa9", "b": b"\n"}
+    write_files(folder, {"a": "new", "c": "new"}, overwrite=True)
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"a": "new", "b": "\n", "c": "new"}
 
 
 @POSIX
@@ -214,7 +268,7 @@ def test_links_are_followed(tmp_path):
 
 
 @POSIX
-def test_devices_pipes_and_folders_are_refused(tmp_path):
+def test_devices_pipes_and_folders_are_refused(tmp_path, monkeypatch):
     pipe, link = tmp_path / "pipe", tmp_path / "link"
     os.mkfifo(pipe)
     link.symlink_to("/dev/null")
@@ -227,6 +281,12 @@ def test_devices_pipes_and_folders_are_refused(tmp_path):
         pass
     with pytest.raises(FileNotFoundError, match="nowhere.*create it first"):
         write_text(tmp_path / "nowhere" / "a", "x")
+    monkeypatch.chdir(tmp_path)
+    Path("old").touch()
+    for write in (lambda: write_text("old", "x"), lambda: write_files(".", {"old": "x"})):
+        with pytest.raises(FileExistsError, match="^old exists"):   # as it was given
+            write()
+    Path("old").unlink()
     assert stat.S_ISFIFO(pipe.stat().st_mode) and stat.S_ISCHR(os.stat("/dev/null").st_mode)
     assert names(tmp_path) == ["link", "pipe"]
 
@@ -247,94 +307,6 @@ def test_results_that_come_one_by_one_can_be_kept(tmp_path):
         assert stat.S_IMODE(aside.stat().st_mode) == 0o600
         aside.write_text("all")
     assert path.read_text() == "all" and names(tmp_path) == ["a.txt", "a.txt.part", "a.txt.part2"]
-
-
-# ---------------------------------------------------------------------- locks
-
-WRITE = """
-import sys
-from minigpt.engine.files import atomic_file, atomic_folder
-path, kind, text = sys.argv[1:]
-try:
-    with (atomic_file if kind == "file" else atomic_folder)(path) as aside:
-        print("began", flush=True)
-        sys.stdin.readline()
-        (aside if kind == "file" else aside / "a").write_text(text)
-    print("wrote")
-except OSError as error:
-    print(type(error).__name__, error)
-"""
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_of_two_processes_one_writes(tmp_path, kind):
-    path = tmp_path / "out"
-    first = run_python(WRITE, path, kind, "first")
-    assert first.stdout.readline() == "began\n"
-    second = run_python(WRITE, path, kind, "second")
-    out, err = second.communicate("\n", timeout=60)
-    assert out.startswith(f"BlockingIOError {path} is being written by another process"), (out, err)
-    assert "wrote" in first.communicate("\n", timeout=60)[0]
-    third = run_python(WRITE, path, kind, "third").communicate("\n", timeout=60)[0]
-    assert "FileExistsError" in third and "wrote" not in third
-    assert (path if kind == "file" else path / "a").read_text() == "first" and names(tmp_path) == ["out"]
-
-
-def test_many_processes_at_once_one_writes(tmp_path):
-    """Without turns: whoever comes later is refused, as the file is being written or is there."""
-    path = tmp_path / "out"
-    writers = [run_python(WRITE, path, "file", str(n)) for n in range(6)]
-    told = [writer.communicate("\n", timeout=120)[0].split("\n") for writer in writers]
-    wrote = [n for n, lines in enumerate(told) if "wrote" in lines]
-    assert len(wrote) == 1 and path.read_text() == str(wrote[0]) and names(tmp_path) == ["out"]
-
-
-@POSIX
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_a_killed_process_leaves_stands_in_nobodys_way(tmp_path, kind):
-    path = tmp_path / "out"
-    first = run_python(WRITE, path, kind, "first")
-    assert first.stdout.readline() == "began\n"
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
-    assert len(names(tmp_path)) == 2               # a lock and a part
-    assert "wrote" in run_python(WRITE, path, kind, "second").communicate("\n", timeout=60)[0]
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_lock_is_the_threads_own(tmp_path):
-    path, seen = tmp_path / "run", []
-
-    def other() -> None:
-        try:
-            with locked(path):
-                seen.append("both")
-        except BlockingIOError as error:
-            seen.append(str(error))
-    with locked(path), locked(tmp_path / "." / "run"):
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-        write_text(path, "within")                 # the same thread goes on
-    assert len(seen) == 1 and f"{path} is being written" in seen[0]
-    with locked(path):
-        pass
-    assert names(tmp_path) == ["run"]
-
-
-def test_a_lock_file_that_was_removed_is_no_lock(tmp_path, monkeypatch):
-    """Between opening and locking, its owner ends and removes it: the lock of the file that is gone does not count."""
-    path, tries, lock = tmp_path / "out", [], files._try_lock
-
-    def late(handle: int) -> bool:
-        tries.append(handle)
-        if len(tries) == 1 and os.name != "nt":
-            (tmp_path / ".out.lock").unlink()
-        return lock(handle)
-    monkeypatch.setattr(files, "_try_lock", late)
-    with locked(path):
-        assert (tmp_path / ".out.lock").exists()
-    assert len(tries) == (2 if os.name != "nt" else 1)
 
 
 # ---------------------------------------------------------------------- disks
@@ -424,6 +396,10 @@ def test_a_folder_appears_whole_and_keeps_what_is_not_replaced(tmp_path):
         (aside / "inner" / "b").write_text("deep")
         assert not folder.exists()
     (folder / "notes").write_text("mine")
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder, overwrite=True) as aside:
+        (aside / "a").write_text("half")
+        1 / 0
+    assert names(folder) == ["a", "inner", "notes"] and (folder / "a").read_text() == "old"
     with pytest.raises(FileExistsError, match="a exists.*overwrite=True"), atomic_folder(folder) as aside:
         (aside / "a").write_text("new")
         (aside / "c").write_text("new")

@@ -55,7 +55,7 @@ def test_an_error_of_the_function_or_of_the_items_is_the_callers(workers):
 
 
 def test_a_process_that_dies_is_told():
-    with pytest.raises(RuntimeError, match="a worker process died.*__main__.*num_proc=1"):
+    with pytest.raises(ChildProcessError, match="a worker process died.*__main__.*num_proc=1"):
         list(ordered_map(die, range(9), 2))
 
 

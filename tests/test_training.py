@@ -1083,11 +1083,6 @@ def test_scaler_skips_infinite_gradients_and_then_finds_its_factor():
     assert all(bool(torch.isfinite(p).all()) for p in stepper.model.parameters())
 
 
-def test_float16_is_refused_where_it_cannot_train():
-    with pytest.raises(ValueError, match="does not train on mps"):
-        t.pick_precision("float16", torch.device("mps"))
-
-
 def test_callers_generators_and_signals_are_given_back():
     handler = signal.getsignal(signal.SIGINT)
     train(tiny(), stream(), TrainConfig(max_steps=2, batch_size=1), progress=False)

@@ -10,7 +10,6 @@ __all__ = ['MAX_BYTES', 'HEADING', 'FENCE', 'MAX_TITLE', 'HIDDEN', 'INLINE', 'LO
            'Passage', 'chunk', 'check_sizes']
 
 # %% ../../nbs/engine/documents.ipynb #imports-documents
-import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
+
+from .files import decode_text, parse_json
 
 # %% ../../nbs/engine/documents.ipynb #last-before
 def last_before(marks: Sequence[tuple[int, str]], offset: int) -> str:
@@ -64,8 +65,8 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     size = path.stat().st_size
     if size > max_bytes:
         raise ValueError(
-            f"{path} has {size / 1e6:,.0f} MB, more than the limit of "
-            f"{max_bytes / 1e6:,.0f} MB: split it, or raise the limit")
+            f"{path} has {size / 1e6:,.6g} MB, more than the limit of "
+            f"{max_bytes / 1e6:,.6g} MB: split it, or raise the limit")
     return path.read_bytes()
 
 # %% ../../nbs/engine/documents.ipynb #decode
@@ -73,14 +74,7 @@ def decode(data: bytes, path: str | Path) -> str:
     """UTF-8 text with plain line ends; ValueError if it is something else."""
     if b"\0" in data[:8192]:
         raise ValueError(f"{path} is a binary file: it holds zero bytes")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at "
-            f"position {error.start}. Convert it, for example with "
-            "iconv -f latin1 -t utf-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return decode_text(data, path)
 
 # %% ../../nbs/engine/documents.ipynb #markdown-headings
 HEADING = re.compile(r"(#{1,6})\s+(\S.*)")
@@ -135,8 +129,8 @@ def notebook_document(data: bytes, path: Path, source: str) -> Document:
     try:
         rows = [(cell["cell_type"], "".join(cell["source"]),
                  str(cell.get("id") or n)[:64]) for n, cell in
-                enumerate(json.loads(decode(data, path))["cells"])]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+                enumerate(parse_json(decode(data, path), path)["cells"])]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no notebook: {error!r}") from None
     text, headings, places, path_now = "", [], [], []
     for kind, body, name in rows:

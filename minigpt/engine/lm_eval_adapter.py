@@ -18,7 +18,7 @@ import torch
 from ..data import ChatRenderer
 from ..evaluation import EVAL, score_ids, score_rows
 from ..generation import Options, stream_text
-from ..gpt2 import pick_device
+from .devices import pick_device
 from .report import open_model
 
 try:

@@ -47,7 +47,7 @@ class Workers:
             ) -> Iterator:
         """The function's result of each item, in order.
 
-        Raises RuntimeError when a process dies.
+        Raises ChildProcessError when a process dies.
         """
         pending: deque[Future] = deque()
         try:
@@ -58,9 +58,10 @@ class Workers:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise RuntimeError(
-                "a worker process died: in a script, put the call under "
-                "`if __name__ == '__main__':`, or use num_proc=1") from None
+            raise ChildProcessError(
+                "a worker process died: memory ran out, or a script does not "
+                "call this under `if __name__ == '__main__':`; num_proc=1 "
+                "needs no other process") from None
         finally:
             for future in pending:
                 future.cancel()
@@ -83,7 +84,7 @@ def ordered_map(function: Callable,  # of one item; it must be importable
                 ) -> Iterator:
     """function(item) of each item in order, computed by `workers` processes.
 
-    Raises RuntimeError when one of them dies.
+    Raises ChildProcessError when one of them dies.
     """
     if workers == 1:
         yield from map(function, items)

@@ -13,7 +13,6 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -26,6 +25,7 @@ from torch import nn
 
 from ..bpe import BPETokenizer
 from ..data import BUNDLED, DATA, ChatRenderer, Rendered, load_chats
+from .files import write_files
 from ..evaluation import (
     Estimate, NGram, Scores, accuracy_by_group, answer_chats,
     bleu_estimate, bootstrap, calibration, choice_accuracy, chrf, credit,
@@ -420,14 +420,10 @@ def write_report(reports: Sequence[dict], folder: str | Path, *,
     Raises what check_folder does.
     """
     folder = check_folder(folder, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
     page = report_html(reports)
     plain = json.loads(json.dumps(reports), parse_constant=lambda _: None)
-    for name, text in (("report.json", json.dumps(plain, indent=1)),
-                       ("report.html", page)):
-        aside = folder / f"{name}.tmp"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, folder / name)
+    write_files(folder, {"report.json": json.dumps(plain, indent=1),
+                         "report.html": page}, overwrite=overwrite)
     return folder
 
 # %% ../../nbs/engine/report.ipynb #baseline
