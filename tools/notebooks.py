@@ -103,10 +103,10 @@ def stripped(nb: dict) -> dict:
 # ------------------------------------------------------------------ stamps: what outputs were made from
 
 def running_code(nb: dict) -> list[str]:
-    """The code cells that outputs come from: all but hidden ones that only import or install."""
+    """The code cells that outputs come from: all but hidden ones that only import, or that are not run (Colab's)."""
     def only_imports(text: str) -> bool:
-        body = ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", text)).body
-        return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+        body = ast.parse(re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", text)).body
+        return "eval: false" in text or all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
     code = [source(cell) for cell in nb["cells"] if cell["cell_type"] == "code"]
     return [text for text in code if not (re.match(r"#\|\s*hide\b", text) and only_imports(text))]
 

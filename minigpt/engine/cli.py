@@ -208,7 +208,8 @@ def _serve(
         *pair, adapter=adapter, name=name or named(model, adapter),
         limits=limits, api_key=api_key, cors=cors, ui=page, ui_style=style,
         hosts=serving.allowed_hosts(host, allowed_host))
-    serve(app, host, port, grace)
+    if serve(app, host, port, grace):
+        raise KeyboardInterrupt
 
 # %% ../../nbs/engine/cli.ipynb #generate
 @app.command("generate")

@@ -138,8 +138,9 @@ def say_end(result) -> int:
     if not result.stopped:
         print(f"saved in {model}")
         return 0
-    print(f"minigpt: stopped by {result.stopped} after step {result.step}, "
-          f"before its end: {model} is unfinished. The same command with "
-          "--resume goes on", file=sys.stderr)
+    by = "Ctrl-C" if result.stopped == "SIGINT" else result.stopped
+    print(f"minigpt: stopped by {by} after step {result.step}, before its "
+          f"end: {model} is unfinished. The same command with --resume goes "
+          "on", file=sys.stderr)
     number = getattr(signal, result.stopped, None)
     return 128 + number if number else 1

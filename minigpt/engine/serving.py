@@ -23,7 +23,8 @@ def free_port(host: str = "127.0.0.1",  # where to listen
         with socket.create_server((host, port), family=family) as probe:
             return probe.getsockname()[1]
     except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
+        why = str(getattr(error, "strerror", None) or error)
+        why = why.partition(" (while ")[0]                 # Python's addition
         raise OSError(f"can't listen on {host}, port {port}: {why}. Choose "
                       "another --port or --host") from None
 
