@@ -1,4 +1,5 @@
 """Packaging: everything that can be set lies in settings.ini."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -7,18 +8,29 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 ini = config["DEFAULT"]
+source = f"{ini['git_url']}/blob/{ini['branch']}"
+
+
+def readme() -> str:
+    """README.md with links that also lead somewhere from a package index."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    return re.sub(r"\]\((?![a-z]+:|#)", f"]({source}/", text)
+
 
 setup(
     name=ini["lib_name"],
     version=ini["version"],
-    license="MIT",
     description=ini["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=readme(),
     long_description_content_type="text/markdown",
     author=ini["author"],
     author_email=ini["author_email"],
-    url=ini["git_url"],
     keywords=ini["keywords"],
+    license_expression=ini["license"],
+    license_files=["LICENSE", "minigpt/assets/gpt2/LICENSE"],
+    url=ini["git_url"],
+    project_urls={"Documentation": ini["doc_url"], "Source": ini["git_url"], "Issues": f"{ini['git_url']}/issues",
+                  "Changelog": f"{source}/CHANGELOG.md"},
     packages=find_packages(include=["minigpt", "minigpt.*"]),
     include_package_data=True,
     python_requires=f">={ini['min_python']}",
@@ -26,11 +38,13 @@ setup(
     extras_require={"dev": ini["dev_requirements"].split()},
     entry_points={"console_scripts": ini["console_scripts"].split("\n")},
     classifiers=[
-        "Development Status :: 3 - Alpha",
-        "Intended Audience :: Education",
-        "License :: OSI Approved :: MIT License",
-        "Natural Language :: English",
+        f"Development Status :: {ini['status']}",
+        f"Intended Audience :: {ini['audience']}",
+        f"Natural Language :: {ini['language']}",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: {version}" for version in ini["python_versions"].split()),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
     zip_safe=False,
 )

@@ -4,8 +4,10 @@
   python benchmarks/run_all.py --only generate pack
   python benchmarks/run_all.py --list
 
-Each script's last line (JSON) goes into benchmarks/results/NAME.json with the date and the command; then
-`python tools/benchmark_page.py` writes nbs/benchmarks.md. Peers that are checkouts come from the environment, and rows of
+benchmarks.json names them: the command, and how the page shows its rows. Rows alike in `group` are compared by what stands
+in `who`, in each of `metrics` (`less`: less is better; `spread`: its lowest and highest, min and max if not said); with no
+`who` the `columns` are shown as they are. Each script's last line (JSON) goes into benchmarks/results/NAME.json with the
+date and the command; then `python tools/pages.py` writes nbs/benchmarks.md. Peers that are checkouts come from the environment, and rows of
 those that are missing are left out: NANOGPT_DIR, MINBPE_DIR, LLMS_FROM_SCRATCH_DIR. BENCH_CACHE and BENCH_THREADS as in
 _common.py. The texts are made first if they are not there (prepare_text.py). Compare ratios of one run only.
 """
@@ -24,25 +26,7 @@ from pathlib import Path
 import _common as c
 
 HERE = Path(__file__).resolve().parent
-# name -> script and arguments; a name with a suffix is a second run of the same script
-RUNS = {
-    "bpe_train": "bpe_train.py",
-    "bpe_encode": "bpe_encode.py --texts text-1mb.txt text-20mb.txt text-other.txt --passes 3",
-    "pack": "pack.py --mb 60",
-    "attention": "attention.py",
-    "train_step": "train_step.py --configs mini --rounds 9 --no-compile",
-    "train_step_small": "train_step.py --configs gpt2-small --rounds 3 --no-compile",
-    "train_step_forward": "train_step.py --rounds 9 --forward --no-compile --configs mini gpt2-small",
-    "train_loop": "train_loop.py",
-    "generate": "generate.py --configs mini --rounds 3",
-    "generate_small": "generate.py --configs gpt2-small --batches 1 --new 64 --rounds 2",
-    "speculative": "speculative.py",
-    "lora_step": "lora_step.py --configs mini",
-    "lora_step_small": "lora_step.py --configs gpt2-small",
-    "retrieval": "retrieval.py",
-    "serve": "serve.py",
-    "gpu_train": "gpu_train.py",
-}
+RUNS = json.loads((HERE / "benchmarks.json").read_text(encoding="utf-8"))
 # Scripts that measure something else than speed; run them by hand.
 OTHERS = {"soak.py", "finetune_packing.py"}
 
@@ -59,7 +43,7 @@ def why_not(script: str) -> str:
 
 def run(name: str, results: Path) -> str:
     """Run one benchmark; what to print about it."""
-    script, *arguments = shlex.split(RUNS[name])
+    script, *arguments = shlex.split(RUNS[name]["command"])
     if reason := why_not(script):
         return f"left out: {reason}"
     if script == "attention.py" and os.environ.get("NANOGPT_DIR"):
@@ -72,7 +56,7 @@ def run(name: str, results: Path) -> str:
     except (IndexError, json.JSONDecodeError):
         return f"failed (code {done.returncode}): {(done.stderr.strip() or 'no output').splitlines()[-1]}"
     result.setdefault("machine", c.machine())
-    kept = {"name": name, "date": date.today().isoformat(), "command": f"python benchmarks/{RUNS[name]}",
+    kept = {"name": name, "date": date.today().isoformat(), "command": f"python benchmarks/{RUNS[name]['command']}",
             "seconds": round(time.perf_counter() - start), "result": result}
     (results / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8", newline="\n")
     return f"{kept['seconds']} s, {len(result['rows'])} rows"
@@ -85,8 +69,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     if args.list:
-        for name, command in RUNS.items():
-            print(f"{name:20} {command:60} {why_not(command.split()[0])}")
+        for name, run_ in RUNS.items():
+            print(f"{name:20} {run_['command']:60} {why_not(run_['command'].split()[0])}")
         return 0
     args.results.mkdir(parents=True, exist_ok=True)
     if not (c.cache_dir() / "text-20mb.txt").exists():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plot_pattern', 'causal_mask', 'attention', 'split_heads', 'merge_heads', 'attend', 'CausalSelfAttention',
-           'plot_heads', 'minus_columns', 'attention_backward', 'first_order', 'BlockwiseAttention', 'in_blocks']
+           'minus_columns', 'attention_backward', 'first_order', 'BlockwiseAttention', 'in_blocks']
 
 # %% ../nbs/02_attention.ipynb #imports
 import functools
@@ -169,33 +169,6 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(layer, k, v)  # (B, H, S, D)
         z = attend(q, k, v, mask, self.tap)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(merge_heads(z)))
-
-# %% ../nbs/02_attention.ipynb #0130e74f
-def plot_heads(patterns: Tensor, tokens: Sequence[str],
-               titles: Sequence[str] | None = None, columns: int = 4,
-               size: float = 3.3):
-    """Draw the patterns of several heads (H, T, S) side by side.
-
-    `tokens`: S labels, as for plot_pattern. `titles`: one for each head,
-    "head 0" and so on unless given. `size`: inches for each head. Returns
-    the matplotlib figure. Raises ValueError for a tensor of other sides.
-    """
-    import matplotlib.pyplot as plt
-    if patterns.ndim != 3:
-        raise ValueError("patterns (H, T, S) of one sentence are needed, "
-                         f"not {tuple(patterns.shape)}")
-    columns = min(columns, len(patterns))
-    rows = -(-len(patterns) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(size * columns, size * rows), squeeze=False,
-        sharex=True, sharey=True, layout="constrained")
-    for h, ax in enumerate(axes.flat):
-        if h < len(patterns):
-            title = titles[h] if titles else f"head {h}"
-            plot_pattern(patterns[h], tokens, title, ax).label_outer()
-        else:
-            ax.axis("off")
-    return figure
 
 # %% ../nbs/02_attention.ipynb #back-minus
 def minus_columns(x: Tensor, amount: Tensor) -> Tensor:

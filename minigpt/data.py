@@ -181,7 +181,10 @@ def read_table(path: str | Path) -> Iterator[tuple[str, object]]:
 
     rows = load_dataset(file_kind(path)[1:], data_files=str(path),
                         split="train", streaming=True)
-    yield from ((f"{path}, row {n}", row) for n, row in enumerate(rows))
+    try:
+        yield from ((f"{path}, row {n}", r) for n, r in enumerate(rows))
+    except Exception as error:            # of datasets, pandas or pyarrow
+        raise ValueError(f"{path} can't be read: {error}") from error
 
 # %% ../nbs/01_data.ipynb #readrows
 def read_rows(source: str | Path, config: str | None = None,
@@ -224,7 +227,9 @@ def read_texts(source: str | Path, field: str = "text",
     for where, row in read_rows(source, config, split, streaming):
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             raise ValueError(f"{where}: no text in the field {field!r}: "
-                             f"{fields(row)}. Name the field with field=...")
+                             f"{fields(row)}. Conversations are read by "
+                             "load_chats (--chats); another field is named "
+                             "with field=...")
         yield row[field]
 
 # %% ../nbs/01_data.ipynb #notempty

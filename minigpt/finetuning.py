@@ -85,8 +85,8 @@ def too_long_error(long: list[int], tokens: int, size: int) -> ValueError:
     more = f" (and {len(long) - 1} more such)" if len(long) > 1 else ""
     return ValueError(
         f"conversation {long[0]} has {tokens} tokens, the model reads {size}"
-        f"{more}: too_long='cut' keeps the first turns that fit, 'drop' "
-        "leaves such conversations out")
+        f"{more}: too_long='cut' (--too-long cut) keeps the first turns that "
+        "fit, 'drop' leaves such conversations out")
 
 # %% ../nbs/07_finetuning.ipynb #shorten
 def shorten(row: dict | str, encoder: RowEncoder, length: int
@@ -270,6 +270,8 @@ def tuning_config(rows: int, epochs: float,
 
     changes: fields that should be otherwise, by name.
     """
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"epochs={epochs}: must be over 0")
     changes = dict(changes or {})
     batch = changes.get("batch_size", 8)
     steps = changes.setdefault(
@@ -320,7 +322,7 @@ def measure(model: GPT2, tokenizer: BPETokenizer, chats: Sequence[dict] = (),
     return found
 
 # %% ../nbs/07_finetuning.ipynb #result
-@dataclass
+@dataclass(repr=False)
 class FinetuneResult(TrainResult):
     """A TrainResult with what was measured before and after (dicts)."""
 
@@ -362,9 +364,13 @@ def check_out(out: str | Path | None, resume: bool | str) -> Path | None:
     if out is None:
         return None
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file: name a folder")
     if (out / "model").exists() and not resume:
-        raise FileExistsError(f"{out} holds a tuned model already: pass "
-                              "resume=True to go on, or another folder")
+        raise FileExistsError(
+            f"{out} holds a model already, {out / 'model'}: name another "
+            "folder, or go on with a tuning that was stopped (--resume, "
+            "resume=True)")
     refuse_unwritable(out)
     return out
 

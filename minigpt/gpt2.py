@@ -474,6 +474,7 @@ HF_FIELDS = {"vocab_size": "vocab_size", "n_positions": "block_size",
              "resid_pdrop": "dropout", "activation_function": "activation",
              "layer_norm_epsilon": "layer_norm_epsilon",
              "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}
+_INT8_TYPE = "minigpt_int8"  # of save_int8: a GPT-2, for us alone
 
 def config_from_hf(values: dict) -> GPT2Config:
     """The shape that a config.json of transformers describes.
@@ -481,7 +482,7 @@ def config_from_hf(values: dict) -> GPT2Config:
     A field that is not there has GPT-2's value. Raises ValueError for another
     architecture and for a variant that this model does not compute.
     """
-    if values.get("model_type") != "gpt2":
+    if values.get("model_type") not in ("gpt2", _INT8_TYPE):
         raise ValueError(f"model_type is {values.get('model_type')!r}, only "
                          "'gpt2' is read here")
     config = GPT2Config(**{ours: values[theirs] for theirs, ours
@@ -758,6 +759,8 @@ def model_card(config: GPT2Config) -> str:
     """The README.md of a saved model: what it is and how it is opened."""
     count = sum(count_parts(config).values())
     return f"""---
+license: mit
+language: en
 library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2, minigpt]
@@ -775,23 +778,26 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
-Say here what it was trained on, what it is good for, and what it cannot do.
+Say here what it was trained on, what it is good for, and what it cannot do;
+and above, if they are others, its licence and its language.
 """
 
 # %% ../nbs/03_gpt2.ipynb #generationconfig
 def generation_config(config: GPT2Config, tokenizer=None) -> dict:
     """What generation_config.json holds: the ids that begin and end a text.
 
-    A chat tokenizer's <|im_end|> ends an answer as well.
+    A chat tokenizer's <|im_end|> ends an answer as well, and its model draws
+    as a ChatSession does, repetition_penalty included (which transformers
+    and vLLM apply to the prompt's tokens too).
     """
     hf = config_to_hf(config)
-    ends = [hf["eos_token_id"]]
-    if tokenizer is not None:
-        ends.append(tokenizer.special_tokens.get("<|im_end|>"))
+    special = {} if tokenizer is None else tokenizer.special_tokens
+    ends = [hf["eos_token_id"], special.get("<|im_end|>")]
     ends = [end for end in dict.fromkeys(ends) if end is not None]
+    chat = {"repetition_penalty": 1.1} if "<|im_end|>" in special else {}
     return {"bos_token_id": hf["bos_token_id"], "eos_token_id": ends or None,
             "pad_token_id": hf["eos_token_id"], "do_sample": True,
-            "temperature": 0.7, "top_k": 50, "top_p": 0.9}
+            "temperature": 0.7, "top_k": 50, "top_p": 0.9} | chat
 
 # %% ../nbs/03_gpt2.ipynb #writejson
 def write_json(path: Path, values: dict) -> None:
@@ -827,16 +833,22 @@ def save_model(model: GPT2Core, folder: str | Path, tokenizer=None,
         write_tensors(aside, hf_weights(model), "pt")
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
+            path = aside / "tokenizer_config.json"
+            values = read_json(path, dict)
+            write_json(path, values | {"model_max_length": config.block_size})
 
 # %% ../nbs/03_gpt2.ipynb #saveint8
 def save_int8(model: GPT2Core, folder: str | Path, *, overwrite: bool = False
               ) -> None:
     """Write config.json and int8 weights; from_pretrained() opens it.
 
+    Its model_type is one that transformers does not know and refuses: as a
+    GPT-2 it would open there without an error, with random weights.
     Raises FileExistsError if the folder holds a model, unless `overwrite`.
     """
     with atomic_folder(folder, overwrite=overwrite) as aside:
-        write_json(aside / "config.json", model.config.to_hf())
+        write_json(aside / "config.json",
+                   model.config.to_hf() | {"model_type": _INT8_TYPE})
         write_tensors(aside, int8_weights(model), "minigpt-int8")
 
 # %% ../nbs/03_gpt2.ipynb #tracenames

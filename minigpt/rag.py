@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 
 from .engine.documents import (MAX_BYTES, OVERLAP, SIZE, Passage,
-                               check_sizes, chunk, find_documents,
-                               parse_document, read_bytes, split_units)
+                                      check_sizes, chunk, find_documents,
+                                      parse_document, read_bytes, split_units)
 from .engine.files import atomic_file
 
 # %% ../nbs/09_rag.ipynb #idf
@@ -224,7 +224,7 @@ class ModelEmbedder:
 
     def __init__(self, model=None, tokenizer=None, *, layer: int = 0,
                  max_tokens: int = 192):
-        from minigpt.chat import load_pair
+        from minigpt.engine.hub import load_pair
         self.model, self.tokenizer = load_pair(model, tokenizer)
         if not 0 <= layer <= self.model.config.n_layer:
             raise ValueError(f"layer={layer} must be from 0 to "
@@ -1002,8 +1002,8 @@ class RAG:
 # %% ../nbs/09_rag.ipynb #read-prompt
 def read_prompt(rag: RAG, prompt: str) -> str | None:
     """What the model of a RAG says, see RAG.read."""
-    from minigpt.chat import load_pair
     from minigpt.data import ChatRenderer
+    from minigpt.engine.hub import load_pair
     from minigpt.generation import Decoder, generate
     if rag._decoder is None:
         rag._pair = load_pair(*rag._pair)

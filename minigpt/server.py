@@ -21,6 +21,7 @@ import hmac
 import json
 import math
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -49,12 +50,13 @@ from torch import Tensor
 from . import __version__
 from .attention import attention
 from .bpe import BPETokenizer
-from .chat import load_pair
 from .data import ChatRenderer
+from .engine.hub import load_pair
 from .generation import (Decoder, Generation, Options,
                                 RepetitionPenalty, Sample, TextStream,
                                 as_prompts, check, read)
 from .gpt2 import GPT2, GPT2Config, KVCache, gelu
+from .lora import adapted
 
 # %% ../nbs/11_server.ipynb #slots
 class Slots(KVCache):
@@ -1360,7 +1362,6 @@ def create_app(model: GPT2 | str | Path | None = None,
     name = name or named(model, adapter)
     model, tokenizer = load_pair(model, tokenizer, device)
     if adapter is not None:
-        from minigpt.lora import adapted
         model = adapted(model, adapter)
     service = Service(Engine(model, tokenizer, limits), name)
     app = FastAPI(title="minigpt", version=__version__, docs_url=None,
@@ -1382,8 +1383,11 @@ def create_app(model: GPT2 | str | Path | None = None,
 class Server(uvicorn.Server):
     """A uvicorn server that lets running answers end when it is told to."""
 
+    interrupted = False                        # by Ctrl-C
+
     def handle_exit(self, sig: int, frame: Any) -> None:
         """The first signal ends it in peace, the second at once."""
+        self.interrupted = sig == signal.SIGINT
         self.config.app.state.engine.drain()
         self.force_exit, self.should_exit = self.should_exit, True
 
@@ -1416,14 +1420,16 @@ def running(app: FastAPI, port: int = 0) -> Iterator[str]:
 
 # %% ../nbs/11_server.ipynb #serve
 def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000,
-          grace: float = 30.0) -> None:
+          grace: float = 30.0) -> bool:
     """Serve the app until Ctrl-C or SIGTERM; then let answers end.
 
-    Raises OSError if the address is not free.
+    Returns whether it was Ctrl-C. Raises OSError if the address is not free.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family)
     shown_host = f"[{host}]" if ":" in host else host
     print(f"minigpt serves {app.state.service.name} at http://{shown_host}:"
           f"{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-    make_server(app, grace).run([listener])
+    server = make_server(app, grace)
+    server.run([listener])
+    return server.interrupted

@@ -52,8 +52,11 @@ def one_thread():
 def distributions(tmp_path_factory):
     """(sdist, wheel): built once a session from a copy of the sources, the wheel from the sdist; nothing is fetched."""
     copy, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("dist")
-    for name in ("setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"):
+    for name in ("pyproject.toml", "setup.py", "settings.ini", "constraints.txt", "MANIFEST.in", "README.md", "LICENSE",
+                 "CHANGELOG.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, copy)
+    (copy / "tests").mkdir()
+    shutil.copy(__file__, copy / "tests" / "test_not_packed.py")
     shutil.copytree(ROOT / "minigpt", copy / "minigpt", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, copy], check=True,
                    stdout=subprocess.DEVNULL)

@@ -7,12 +7,15 @@ NBS = Path(__file__).resolve().parent.parent / "nbs"
 
 
 def exercises(chapter: str) -> list[tuple[str, str, str, str]]:
-    """(number, empty cell, check, solution) of each exercise of a chapter: "03" gives those of nbs/03_*.ipynb."""
-    path, = NBS.glob(f"{chapter}_*.ipynb")
+    """(number, empty cell, check, solution) of each exercise of a notebook.
+
+    chapter: "03" is nbs/03_*.ipynb; "deeper/hooks" is nbs/deeper/hooks.ipynb.
+    """
+    path, = NBS.glob(f"{chapter}_*.ipynb" if chapter.isdigit() else f"{chapter}.ipynb")
     texts = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
     found = []
     for i, text in enumerate(texts):
-        if number := re.match(rf"# exercise ({chapter}\.\d)\n", text):
+        if number := re.match(rf"# exercise ({chapter.rpartition('/')[2]}\.\d)\n", text):
             solution = re.search(r"<details>.*?```python\n(.*?)```", texts[i + 2], re.S).group(1)
             found.append((number.group(1), text, texts[i + 1], solution))
     return found

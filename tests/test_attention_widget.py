@@ -1,4 +1,4 @@
-"""The text box of chapter 02 in a real JupyterLab: a typed sentence makes a new drawing."""
+"""The text box of the notebook on attention patterns in a real JupyterLab: a typed sentence makes a new drawing."""
 import json
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def shortened(nb):
 
 @pytest.fixture
 def lab(tmp_path):
-    nb = json.loads((ROOT / "nbs" / "02_attention.ipynb").read_text(encoding="utf-8"))
+    nb = json.loads((ROOT / "nbs" / "deeper" / "attention_patterns.ipynb").read_text(encoding="utf-8"))
     with jupyter_lab(tmp_path, "attention.ipynb", shortened(nb)) as address:
         yield address
 

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt.bpe import BPETokenizer
-from minigpt.chat import (ChatSession, Conversation, OneAtATime, Shelf, as_documents, load_pair, parse_transcript,
+from minigpt.chat import (ChatSession, Conversation, OneAtATime, Shelf, as_documents, parse_transcript,
                           read_messages, transcript, turn_seed, write_messages)
 from minigpt.data import load_chats
+from minigpt.engine.hub import load_pair
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.rag import RAG, Index, cite

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import minigpt as in_process
+from command_line import one_line
 
 import minigpt
-from minigpt.engine import cli
+from minigpt.engine import cli, serving, terminal
 from minigpt.bpe import BPETokenizer
 from minigpt.chat import ChatSession
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -32,21 +34,6 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(*arguments: str, given: bytes = b"", **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([*MINIGPT, *arguments], input=given, capture_output=True, env=environment(**env), timeout=300)
-
-
-def in_process(arguments: list[str], monkeypatch, capfd, given: bytes | None = None) -> tuple[int, str, str]:
-    """main() here: exit code, standard output, standard error. Saves a start of Python for each case."""
-    monkeypatch.setattr(sys, "argv", ["minigpt", *arguments])
-    monkeypatch.delenv("MINIGPT_DEBUG", raising=False)
-    if given is not None:
-        read, write = os.pipe()
-        os.write(write, given)
-        os.close(write)
-        monkeypatch.setattr(sys, "stdin", open(read, encoding="utf-8"))
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    out, err = capfd.readouterr()
-    return left.value.code or 0, out, err
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +126,15 @@ BAD = [
 
 
 @pytest.mark.parametrize("arguments, names", BAD, ids=[" ".join(a).encode("ascii", "replace").decode() for a, _ in BAD])
-def test_bad_input_is_one_line_and_code_2(arguments, names, monkeypatch, capfd):
-    code, out, err = in_process(arguments, monkeypatch, capfd)
-    assert (code, out) == (2, "")
-    assert err.startswith("minigpt: ") and err.count("\n") == 1 and names in err, err
+def test_bad_input_is_one_line_and_code_2(arguments, names):
+    assert names in one_line(*arguments)
 
 
 @pytest.mark.parametrize("given, names", [
-    (b"", "the message '' is empty"), (b"\n \n", "is empty"), (b"caf\xe9", "byte 0xe9 at position 3"),
+    (b"", "the message '' is empty"), (b"\n \n", "is empty"), (b"caf\xe9", "not UTF-8 (byte 0xe9)"),
     (b"word " * 5000, "5009 tokens")], ids=["nothing", "blank", "latin-1", "too long"])
-def test_bad_pipes_are_one_line_and_code_2(given, names, monkeypatch, capfd):
-    code, out, err = in_process(["chat"], monkeypatch, capfd, given)
-    assert (code, out) == (2, "")
-    assert err.startswith("minigpt: ") and err.count("\n") == 1 and names in err, err
+def test_bad_pipes_are_one_line_and_code_2(given, names):
+    assert names in one_line("chat", given=given)
 
 
 def broken(folder: Path, how: str) -> str:
@@ -181,15 +164,13 @@ def broken(folder: Path, how: str) -> str:
 
 @pytest.mark.parametrize("how", ["truncated weights", "empty weights", "no weights", "no config", "config is no json",
                                  "other vocabulary", "no tokenizer"])
-def test_broken_model_folders_are_one_line_and_code_2(how, small_folder, tmp_path, monkeypatch, capfd):
+def test_broken_model_folders_are_one_line_and_code_2(how, small_folder, tmp_path):
     folder = tmp_path / "model folder"
     folder.mkdir()
     for file in small_folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     names = broken(folder, how)
-    code, out, err = in_process(["chat", "Hi", "--model", str(folder)], monkeypatch, capfd)
-    assert (code, out) == (2, "")
-    assert err.startswith("minigpt: ") and err.count("\n") == 1 and names in err, err
+    assert names in one_line("chat", "Hi", "--model", folder)
 
 
 def test_debug_shows_where_it_came_from():
@@ -199,29 +180,12 @@ def test_debug_shows_where_it_came_from():
 
 def test_options_repeat_the_sessions_defaults():
     session = inspect.signature(ChatSession).parameters
-    for name, parameter in inspect.signature(cli.chat).parameters.items():
+    for name, parameter in inspect.signature(cli._chat).parameters.items():
         if name != "prompt":
-            assert parameter.default.default == session[name].default, name
+            assert parameter.default == session[name].default, name
 
 
 # ------------------------------------------------------------------ pieces
-
-def test_control_characters_are_not_shown():
-    assert cli.printable("a\x1b[2J\x07b\x9b1mc\r\x00d\x7f\n\te 😀 é") == "a[2Jb1mcd\n\te 😀 é"
-
-
-def test_explain_is_one_line():
-    assert cli.explain(ValueError("a\n   b\x1b[0m")) == "a b[0m"
-    assert cli.explain(FileNotFoundError(2, "No such file", "x.json")) == "x.json: No such file"
-    assert cli.explain(OSError("plain")) == "plain" and cli.explain(KeyError()) == "KeyError"
-
-
-def test_settings_as_json_and_as_python_write_them():
-    """`False` is no text (which would be true)."""
-    given = ["a=true", "b=True", "c=false", "d=False", "e=null", "f=None", "g=3e-4", "h=[1,2]", "i=wsd", "j=", "k=a=b"]
-    assert list(cli.parse_settings(given).values()) == [True, True, False, False, None, None, 0.0003, [1, 2], "wsd", "", "a=b"]
-    assert all(type(value) is bool for value in list(cli.parse_settings(given).values())[:4])
-
 
 def test_the_page_waits_in_steps(small_folder, tmp_path, monkeypatch, capfd):
     """An exception that Python raises between two steps of a thread, as it does with Ctrl-C on Windows, ends `minigpt ui`."""
@@ -239,7 +203,7 @@ def test_the_page_waits_in_steps(small_folder, tmp_path, monkeypatch, capfd):
 
     def serve():
         try:
-            cli.ui("127.0.0.1", 0, False, str(small_folder), [], None, tmp_path / "votes", True, 1, 1)
+            cli._ui("127.0.0.1", 0, False, str(small_folder), [], None, tmp_path / "votes", True, 1, 1)
         except KeyboardInterrupt:
             ended.append("interrupted")
     monkeypatch.setattr(ui, "gradio_app", lambda *_, **__: Page())
@@ -258,11 +222,11 @@ def test_the_page_waits_in_steps(small_folder, tmp_path, monkeypatch, capfd):
 
 def test_ctrl_c_handler_is_put_back():
     before, calls = signal.getsignal(signal.SIGINT), []
-    with cli.stoppable(lambda: calls.append(1)):
+    with terminal.stoppable(lambda: calls.append(1)):
         assert signal.getsignal(signal.SIGINT) is not before
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before and calls == [1]
-    with pytest.raises(KeyboardInterrupt), cli.stoppable(lambda: None):
+    with pytest.raises(KeyboardInterrupt), terminal.stoppable(lambda: None):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
@@ -272,7 +236,7 @@ def test_in_another_thread_ctrl_c_is_left_alone():
     handlers = []
 
     def work():
-        with cli.stoppable(lambda: None):
+        with terminal.stoppable(lambda: None):
             handlers.append(signal.getsignal(signal.SIGINT))
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=work)
@@ -288,7 +252,7 @@ def commands(small_folder, tmp_path):
     session.reply("One")
     session.reply("Two")
     answers: list[str] = []
-    commands = cli.Commands(session, lambda question: answers.pop(0))
+    commands = terminal.Commands(session, lambda question: answers.pop(0))
     commands.answers = answers
     return commands
 
@@ -336,17 +300,17 @@ def test_commands_for_adapters_and_documents(commands, small_folder, tmp_path):
     commands("/docs -"), commands("/adapter -")
     assert session.documents is None and session.adapter is None
     session.reply("When does the ferry leave?")
-    assert commands("/sources").startswith("No passages") and cli.cited(session) == ""
+    assert commands("/sources").startswith("No passages") and terminal._cited(session) == ""
 
 
-def test_an_answer_in_a_pipe_names_its_sources_apart(tmp_path, monkeypatch, capfd):
+def test_an_answer_in_a_pipe_names_its_sources_apart(tmp_path):
     """Standard output holds the answer alone; where it comes from goes to standard error."""
     (tmp_path / "harbor.md").write_text("# Harbor\n\nThe lighthouse was built by Ines Marlow in 1871.\n\n# Ferry\n\n"
                                         "The ferry to the island leaves every morning at seven.\n", encoding="utf-8")
     question = "When does the ferry leave?"
-    code, out, err = in_process(["chat", question, "--temperature", "0", "--docs", str(tmp_path)], monkeypatch, capfd)
+    out, err = in_process("chat", question, "--temperature", "0", "--docs", tmp_path)
     session = ChatSession(temperature=0, documents=tmp_path)
-    assert (code, out) == (0, session.reply(question) + "\n")
+    assert out == session.reply(question) + "\n"
     assert err == f"[1] harbor.md, Ferry, {session.citations[0].place}\n"
 
 
@@ -375,10 +339,10 @@ def test_messages_of_several_lines():
     def reading(*lines):
         waiting = iter(lines)
         return lambda prompt: next(waiting)
-    assert cli.read_message(reading("one")) == "one"
-    assert cli.read_message(reading('"""a', "", 'b"""')) == "a\n\nb"
-    assert cli.read_message(reading('"""', "a", '"""')) == "a"
-    assert cli.read_message(reading('"""a"""')) == "a"
+    assert terminal._read_message(reading("one")) == "one"
+    assert terminal._read_message(reading('"""a', "", 'b"""')) == "a\n\nb"
+    assert terminal._read_message(reading('"""', "a", '"""')) == "a"
+    assert terminal._read_message(reading('"""a"""')) == "a"
 
 
 # ------------------------------------------------------------------ through a pseudo-terminal

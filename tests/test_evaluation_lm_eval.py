@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
+from command_line import minigpt
 
 from minigpt.bpe import BPETokenizer
-from minigpt.engine.cli_eval import register
 from minigpt.evaluation import load_questions
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.engine.lm_eval_adapter import TASKS
@@ -32,6 +30,7 @@ generation_kwargs:
   until: [".", "the"]
   max_gen_toks: 8
   do_sample: false
+  repetition_penalty: 1.0
 metric_list:
   - metric: exact_match
 metadata:
@@ -75,10 +74,7 @@ def plain_command(arguments):
 
 def our_command(arguments):
     """`minigpt lm-eval ...`, here in this process."""
-    app = typer.Typer()
-    register(app)
-    run = CliRunner().invoke(app, ["lm-eval", *arguments])
-    assert run.exit_code == 0, run.output[-3000:]
+    minigpt("lm-eval", *arguments)
 
 
 def run_lm_eval(command, model, folder, tasks, out, limit, *more):

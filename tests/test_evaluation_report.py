@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
+from command_line import minigpt, one_line
 
 from minigpt.bpe import BPETokenizer
-from minigpt.engine.cli_eval import free_folder, register
+from minigpt.engine import evaluate
+from minigpt.engine.evaluate import _free_folder as free_folder
 from minigpt.data import ChatRenderer, load_chats
 from minigpt.evaluation import NOT_SAID, bleu, score_chats, token_f1
 from minigpt.engine.devices import pick_device
@@ -216,12 +216,6 @@ def test_every_measure_is_in_the_table(reports):
 
 # ------------------------------------------------------------------ the command
 
-def app():
-    app = typer.Typer()
-    register(app)
-    return app
-
-
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "few.jsonl"
@@ -231,24 +225,21 @@ def few(tmp_path_factory):
 
 def test_eval_writes_a_report_and_compares(few, tmp_path, monkeypatch):
     monkeypatch.setitem(SUITES, "quick", Suite(chats=4, answers=3, questions=9, max_new_tokens=6))
-    run = CliRunner().invoke(app(), ["eval", "ngram", "--against", "untrained", "--data", str(few), "--quiet",
-                                     "--out", str(tmp_path / "out")])
-    assert run.exit_code == 0, run.output
-    assert "ngram minus untrained" in run.stdout and "bits per byte" in run.stdout
+    out, _ = minigpt("eval", "ngram", "--against", "untrained", "--against", "ngram", "--data", few, "--quiet",
+                     "--out", tmp_path / "out")
+    assert "ngram minus untrained" in out and "bits per byte" in out
     saved = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert [r["name"] for r in saved] == ["ngram", "untrained"] and saved[0]["suite"] == "quick"
     assert saved[0]["plan"] == {"chats": 4, "answers": 3, "questions": 9, "max_new_tokens": 6}
-    again = CliRunner().invoke(app(), ["eval", "ngram", "--out", str(tmp_path / "out")])
-    assert again.exit_code == 2 and "report.json" in again.output
+    assert "report.json" in one_line("eval", "ngram", "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("args,words", [
-    (["eval", "no/such-model"], "no/such-model"), (["eval", "--suite", "huge"], "huge"),
-    (["eval", "ngram", "--data", "none.jsonl"], "none.jsonl"), (["eval", "ngram", "--against", "./nowhere"], "nowhere")])
+    (["no/such-model"], "no/such-model"), (["--suite", "huge"], "huge"),
+    (["ngram", "--data", "none.jsonl"], "none.jsonl"), (["ngram", "--against", "./nowhere"], "nowhere")])
 def test_bad_arguments_end_in_one_line_and_2(args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = CliRunner().invoke(app(), args)
-    assert run.exit_code == 2 and "Traceback" not in run.output and words in run.output
+    assert words in one_line("eval", *args)
     assert not list(tmp_path.iterdir())
 
 
@@ -273,62 +264,47 @@ def test_an_out_that_is_no_folder_is_refused_before_any_work(tmp_path, monkeypat
     monkeypatch.setattr("minigpt.engine.report.run_suite", measured)
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for out in ("file", "file/inside"):
-        run = CliRunner().invoke(app(), ["eval", "untrained", "--quiet", "--out", str(tmp_path / out)])
-        assert run.exit_code == 2 and "file" in run.output and "Traceback" not in run.output
-        again = CliRunner().invoke(app(), ["eval", "untrained", "--quiet", "--overwrite", "--out", str(tmp_path / out)])
-        assert again.exit_code == 2
+        for more in ([], ["--overwrite"]):
+            assert "file" in one_line("eval", "untrained", "--quiet", *more, "--out", tmp_path / out)
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
-def test_the_report_is_written_before_anything_is_printed(reports, tmp_path, monkeypatch):
+def test_the_report_is_written_before_anything_is_printed(reports, tmp_path, monkeypatch, capfd):
     """As `minigpt eval | head -1`: nobody reads the table to its end."""
     def broken(*args, **kwargs):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr("minigpt.engine.report.run_suite", lambda *args, name, **kwargs: reports[name == "ngram"])
-    monkeypatch.setattr(typer, "echo", broken)
-    run = CliRunner().invoke(app(), ["eval", "untrained", "--against", "ngram", "--quiet", "--out", str(tmp_path / "out")])
-    assert run.exit_code == 1
+    monkeypatch.setattr(evaluate, "print", broken, raising=False)
+    with pytest.raises(BrokenPipeError):
+        evaluate.run_eval(["untrained", "ngram"], out=tmp_path / "out", progress=False)
     assert len(json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))) == 2
 
 
 def test_a_report_that_cannot_be_written_is_still_printed_and_leaves_no_empty_folder(reports, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
-
-    def fails(*args, **kwargs):
-        raise ValueError("it cannot be measured")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minigpt.engine.report.run_suite", lambda *args, **more: run_suite(*args, **more | {"chats": []}))
+    assert "nothing to" in one_line("eval", "untrained", "--quiet")
+    assert list((tmp_path / "runs").iterdir()) == []
     monkeypatch.setattr("minigpt.engine.report.run_suite", lambda *args, name, **kwargs: reports[name == "ngram"])
     monkeypatch.setattr("minigpt.engine.report.write_report", full)
-    run = CliRunner().invoke(app(), ["eval", "untrained", "--quiet"])
-    assert run.exit_code == 2 and "No space left on device" in run.output
-    assert report_table(reports[:1]) in run.output and list((tmp_path / "runs").iterdir()) == []
-    monkeypatch.setattr("minigpt.engine.report.run_suite", fails)
-    run = CliRunner().invoke(app(), ["eval", "untrained", "--quiet"])
-    assert run.exit_code == 2 and "it cannot be measured" in run.output and list((tmp_path / "runs").iterdir()) == []
+    out, err = minigpt("eval", "untrained", "--quiet", code=2)
+    assert err == "minigpt: No space left on device\n"
+    assert report_table(reports[:1]) in out and list((tmp_path / "runs").iterdir()) == []
 
 
 def test_the_device_is_picked_by_the_one_rule(tmp_path, monkeypatch):
     def picked(device, rule=pick_device):
         if device != "cpu":
-            raise ValueError(f"asked for {device}")
+            raise OSError(f"asked for {device}")
         return rule(device)
 
     monkeypatch.setattr("minigpt.gpt2.pick_device", picked)
     for more, asked in ([], "asked for auto"), (["--device", "mps"], "asked for mps"):
-        run = CliRunner().invoke(app(), ["eval", "--quiet", "--out", str(tmp_path / "out"), *more])
-        assert run.exit_code == 2 and asked in run.output
+        assert asked in one_line("eval", "--quiet", "--out", tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
-
-
-def test_adding_the_command_imports_nothing_heavy():
-    code = ("import sys, typer\nfrom minigpt.engine.cli_eval import register\na = typer.Typer()\n"
-            "register(a)\n"
-            "print([m for m in ('torch', 'numpy', 'matplotlib', 'datasets', 'gradio', 'lm_eval') if m in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                         env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert out.stdout.strip() == "[]"
 
 
 def test_modules_import_no_gradio_datasets_or_matplotlib():

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
+from command_line import minigpt
 
-from minigpt.engine import cli, cli_finetune
 from minigpt.bpe import BPETokenizer
 from minigpt.data import load_chats
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -20,16 +18,8 @@ FAST = ["--quiet", "--text", "", "--too-long", "cut", "--set", "max_steps=2", "-
 
 
 def run(*arguments, code=0):
-    """The command within this process; output and error as a terminal would show them."""
-    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.callback()(lambda: None)
-    cli_finetune.register(app)
-    done = CliRunner().invoke(app, ["finetune", *map(str, arguments)])
-    problem = done.exception if isinstance(done.exception, Exception) else None
-    if problem is not None and not isinstance(problem, cli.USER_ERRORS):
-        raise problem
-    assert (2 if problem else done.exit_code) == code, done.output
-    return cli.explain(problem) if problem else done.stdout
+    """The command within this process; what a terminal would show, or the line of its error."""
+    return minigpt("finetune", *arguments, code=code)[0 if code == 0 else 1]
 
 
 @pytest.fixture(scope="module")

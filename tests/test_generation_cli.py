@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
+from command_line import minigpt
 
-from minigpt.engine import cli, cli_generate
 from minigpt.bpe import BPETokenizer
+from minigpt.engine import generate_files
 from minigpt.generation import Decoder, Generation, beam_search, generate
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -19,15 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*arguments, data=b"", code=0):
     """The command within this process, quick; output and error as a terminal would show them."""
-    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.callback()(lambda: None)
-    cli_generate.register(app)
-    done = CliRunner().invoke(app, ["generate", *map(str, arguments)], input=data)
-    problem = done.exception if isinstance(done.exception, Exception) else None
-    if problem is not None and not isinstance(problem, cli.USER_ERRORS):
-        raise problem
-    assert (2 if problem else done.exit_code) == code, done.output
-    return done.stdout, cli.explain(problem) if problem else done.stderr
+    return minigpt("generate", *arguments, given=data, code=code)
 
 
 def run_process(*arguments, data=b"", code=0):
@@ -111,16 +102,16 @@ def test_an_interrupted_overwrite_keeps_the_old_file(tmp_path):
     except OSError:                                                   # Windows, without the right to make links
         link = old
     with pytest.raises(KeyboardInterrupt):
-        cli_generate.write_rows(interrupted(), link, True, overwrite=True)
+        generate_files.write_rows(interrupted(), link, True, overwrite=True)
     assert old.read_text(encoding="utf-8") == "old"
     assert (tmp_path / "old.txt.part").read_text(encoding="utf-8") == "first\n"
-    cli_generate.write_rows([{"text": "a"}, {"text": "b"}], link, True, overwrite=True)
+    generate_files.write_rows([{"text": "a"}, {"text": "b"}], link, True, overwrite=True)
     assert old.read_text(encoding="utf-8") == "a\nb\n" and (link == old or link.is_symlink())
     # what the interrupted run has left is not touched
     assert (tmp_path / "old.txt.part").read_text(encoding="utf-8") == "first\n"
     assert set(os.listdir(tmp_path)) == {link.name, "old.txt", "old.txt.part"}
     with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
-        cli_generate.write_rows((1 / 0 for _ in range(1)), tmp_path / "nowhere" / "out.txt", True)
+        generate_files.write_rows((1 / 0 for _ in range(1)), tmp_path / "nowhere" / "out.txt", True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="modes and /dev/stdout are Unix's")
@@ -128,7 +119,7 @@ def test_overwriting_keeps_the_mode_and_a_pipe_is_written_to(folder, tmp_path):
     old = tmp_path / "old.txt"
     old.write_text("old", encoding="utf-8")
     old.chmod(0o600)
-    cli_generate.write_rows([{"text": "new"}], old, True, overwrite=True)
+    generate_files.write_rows([{"text": "new"}], old, True, overwrite=True)
     assert old.read_text(encoding="utf-8") == "new\n" and old.stat().st_mode & 0o777 == 0o600
     done = subprocess.run([sys.executable, "-m", "minigpt", "generate", "One day", "--model", folder, "--max-new-tokens", "4",
                            "--output", "/dev/stdout", "--overwrite"], capture_output=True, text=True,
@@ -141,25 +132,26 @@ def test_half_a_character_at_the_limit_is_no_stop():
     tokenizer = BPETokenizer.from_pretrained()
     ids = tokenizer.encode("Yes 😀")
     assert tokenizer.decode(ids[:-1]).endswith("\ufffd")
-    row = cli_generate.as_row("?", Generation(ids[:-1], [-1.0] * 3, "length"), tokenizer, ["nothing"])
+    row = generate_files._as_row("?", Generation(ids[:-1], [-1.0] * 3, "length"), tokenizer, ["nothing"])
     assert row["text"] == "Yes " and row["finish_reason"] == "length"
     for stop, reason in ((["es"], "stop"), ([], "length")):
-        assert cli_generate.as_row("?", Generation(ids, [], "length"), tokenizer, stop)["finish_reason"] == reason
-    assert cli_generate.as_row("?", Generation(ids, [], "stop"), tokenizer, ["no"])["finish_reason"] == "stop"
+        assert generate_files._as_row("?", Generation(ids, [], "length"), tokenizer, stop)["finish_reason"] == reason
+    assert generate_files._as_row("?", Generation(ids, [], "stop"), tokenizer, ["no"])["finish_reason"] == "stop"
 
 
 def test_lines_of_prompts():
     odd = "One\u2028two\x0cthree\x85four"
-    data = "\n".join(["", json.dumps({"prompt": odd}, ensure_ascii=False), "", '{"prompt": "five"}\r', ""]).encode()
-    assert cli_generate.split_prompts(data, "a.jsonl") == [odd, "five"]
-    assert cli_generate.split_prompts((odd + "\r\nfive\rsix\n").encode(), "the pipe") == [odd, "five", "six"]
-    with pytest.raises(ValueError, match="a.jsonl, line 5: "):
-        cli_generate.split_prompts(data + b'{"text": 1}', "a.jsonl")
+    data = "\n".join(["", json.dumps({"prompt": odd}, ensure_ascii=False), "", '{"prompt": "five"}\r', ""])
+    assert generate_files._split_prompts(data, "a.jsonl") == [odd, "five"]
+    assert generate_files._split_prompts(odd + "\r\nfive\rsix\n", "the pipe") == [odd, "five", "six"]
+    for bad in ('{"text": 1}', '{"prompt": 1}', "[1]", "{", "[" * 100_000):
+        with pytest.raises(ValueError, match="a.jsonl, line 5: "):
+            generate_files._split_prompts(data + bad, "a.jsonl")
 
 
 def test_a_draft_goes_where_the_model_is(folder, small):
     from minigpt.generation import Options
-    draft = cli_generate.make_draft(str(folder), Options(), small[1], "meta")
+    draft = generate_files._make_draft(str(folder), Options(), small[1], "meta")
     assert draft.decoder.model.device.type == "meta"
 
 
@@ -170,9 +162,9 @@ def test_every_strategy(folder, small):
     beams = [json.loads(line) for line in run(*flags, "--num-beams", 3, "--num-return", 2)[0].splitlines()]
     want = beam_search(model, ids, num_beams=3, num_return=2, max_new_tokens=6, stop_ids=[0, 1, 2])
     assert [row["score"] for row in beams] == pytest.approx([text.score for text in want], abs=1e-4)
-    greedy = json.loads(run(*flags, "--greedy")[0])
+    greedy = json.loads(run(*flags, "--temperature", 0)[0])
     for more in (["--draft", "ngram", "--temperature", 0], ["--penalty-alpha", 0], ["--num-beams", 1, "--temperature", 0],
-                 ["--draft", folder, "--greedy"]):
+                 ["--draft", folder, "--temperature", 0]):
         assert json.loads(run(*flags, *more)[0])["text"] == greedy["text"]
     assert greedy["tokens"] == len(generate(model, ids, temperature=0, max_new_tokens=6, stop_ids=[0, 1, 2]).ids)
     plain, _ = run(*flags, "--format", "text", "--regex", "[a-z]{3} [0-9]{2}", "--max-new-tokens", 30)
@@ -181,7 +173,7 @@ def test_every_strategy(folder, small):
     for how, score in zip((False, True, "never"), early):
         [want] = beam_search(model, ids, num_beams=3, max_new_tokens=6, stop_ids=[0, 1, 2], early_stopping=how)
         assert score == pytest.approx(want.score, abs=1e-4)
-    assert json.loads(run(*flags, "--draft", "ngram", "--greedy", "--guesses", 1)[0])["text"] == greedy["text"]
+    assert json.loads(run(*flags, "--draft", "ngram", "--temperature", 0, "--guesses", 1)[0])["text"] == greedy["text"]
     begun = json.loads(run(*flags, "--begin", "So it", "--ban", "went", "--no-repeat-ngram-size", 2, "--min-p", 0.01,
                            "--typical-p", 0.9, "--presence-penalty", 0.5, "--frequency-penalty", 0.5, "--top-p", 0.9,
                            "--repetition-penalty", 1.2, "--ignore-end", "--overflow", "slide", "--int8")[0])
@@ -189,7 +181,7 @@ def test_every_strategy(folder, small):
 
 
 def test_a_chat_and_a_stop_string_through_a_pipe():
-    out, _ = run_process("--chat", "--greedy", "--max-new-tokens", 24, "--stop", ".", data=b"What is a whale?\n")
+    out, _ = run_process("--chat", "--temperature", 0, "--max-new-tokens", 24, "--stop", ".", data=b"What is a whale?\n")
     row = json.loads(out)
     assert row["finish_reason"] == "stop" and "." not in row["text"] and len(row["text"]) > 5
     assert row["tokens"] < 24  # it is not drawn on behind the stop string
@@ -197,8 +189,8 @@ def test_a_chat_and_a_stop_string_through_a_pipe():
 
 @pytest.mark.parametrize("arguments, data, message", [
     (["x", "--temperature", "-1"], b"", "temperature=-1"), (["x", "--top-p", "1.5"], b"", "top_p=1.5"),
-    (["x", "--top-k", "0"], b"", "top_k=0"), ([], b"", "the prompt is empty"), ([""], b"", "the prompt is empty"),
-    ([], b"caf\xe9\n", "not valid UTF-8: byte 0xe9 at position 3"), ([], b'{"text": 1}\n', "line 1"),
+    (["x", "--top-k", "-1"], b"", "top_k=-1"), ([], b"", "the prompt is empty"), ([""], b"", "the prompt is empty"),
+    ([], b"caf\xe9\n", "not UTF-8 (byte 0xe9)"), (["caf\udce9"], b"", "half a character"), ([], b'{"text": 1}\n', "line 1"),
     (["x", "--num-beams", "4", "--draft", "ngram"], b"", "exclude each other"), (["x", "--format", "xml"], b"", "'xml'"),
     (["x", "--num-beams", "2", "--num-return", "3"], b"", "num_return=3"), (["x", "--regex", "("], b"", "never closed"),
     (["x", "--file", "nowhere.txt"], b"", "nowhere.txt"), (["x", "--model", "nowhere"], b"", "nowhere"),
@@ -215,7 +207,7 @@ def test_errors_are_one_line(folder, arguments, data, message):
 
 
 @pytest.mark.parametrize("arguments, data, message", [
-    ([], b"caf\xe9\n", "not valid UTF-8: byte 0xe9 at position 3"), (["x", "--seed", "one"], b"", "--seed"),
+    ([], b"caf\xe9\n", "not UTF-8 (byte 0xe9)"), (["x", "--seed", "one"], b"", "--seed"),
     (["x", "--num-beams", "2", "--num-return", "3"], b"", "num_return=3")])
 def test_errors_of_a_process(arguments, data, message):
     out, errors = run_process(*arguments, data=data, code=2)
@@ -223,7 +215,7 @@ def test_errors_of_a_process(arguments, data, message):
 
 
 def test_help_is_quick_and_loads_nothing_heavy():
-    code = ("import sys, minigpt.engine.cli_generate; heavy = {'torch', 'numpy', 'datasets', 'gradio', 'matplotlib'};"
+    code = ("import sys, minigpt.engine.generate_files; heavy = {'torch', 'numpy', 'datasets', 'gradio', 'matplotlib'};"
             "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.decode()

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from minigpt.bpe import BPETokenizer
-from minigpt.gpt2 import ASSETS, GPT2, GPT2Config, KVCache, dequantize_rows, quantize_rows
+from minigpt.gpt2 import ASSETS, GPT2, GPT2Config, KVCache, dequantize_rows, quantize_rows, save_int8
 
 transformers = pytest.importorskip("transformers", reason="the peer is part of the dev extra")
 CHAT = ASSETS / "minigpt-chat"
@@ -80,6 +81,31 @@ def test_our_folder_opens_in_transformers(tmp_path, shipped, ledger):
     assert their_tokenizer.decode(ids[0]) == text
     again = GPT2.from_pretrained(tmp_path / "out", device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(shipped.state_dict().values(), again.state_dict().values()))
+
+
+def test_the_int8_folder_is_refused_by_transformers_and_opened_here(tmp_path, shipped):
+    save_int8(shipped, tmp_path / "small")
+    for folder in (CHAT, tmp_path / "small"):
+        with pytest.raises(ValueError, match="minigpt_int8"):
+            transformers.AutoModelForCausalLM.from_pretrained(folder)
+    again = GPT2.from_pretrained(tmp_path / "small", device="cpu")
+    ids = ids_of(20000, 1, 10)
+    with torch.no_grad():
+        assert torch.allclose(again(ids), shipped(ids), atol=0.05)
+
+
+def test_an_exported_folder_says_how_the_session_draws(tmp_path, shipped):
+    from minigpt.chat import ChatSession
+    tokenizer = BPETokenizer.from_pretrained()
+    shipped.save_pretrained(tmp_path / "out", tokenizer)
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    session = ChatSession(shipped, tokenizer)
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        assert getattr(theirs, name) == getattr(session, name), name
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == shipped.config.block_size
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "mit" and front["language"] == "en"
 
 
 @pytest.mark.parametrize("layout", ["sharded", "no prefix"])

@@ -22,7 +22,7 @@ from browsers import BROWSER, contrast, launch
 from minigpt import ui
 from minigpt.bpe import BPETokenizer
 from minigpt.chat import ChatSession, read_messages, transcript
-from minigpt.engine.cli import free_port
+from minigpt.engine.serving import free_port
 from minigpt.evaluation import Votes
 from minigpt.gpt2 import GPT2, GPT2Config
 

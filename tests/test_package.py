@@ -1,7 +1,9 @@
-"""The package as a whole: versions, README, what an import costs, what ships, the wheel and the sdist."""
+"""The package as a whole: versions, README, addresses, what an import costs, what ships, the wheel and the sdist."""
 import ast
 import configparser
+import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +18,7 @@ import minigpt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
+import links  # noqa: E402
 import notebooks as tool  # noqa: E402
 
 HEAVY = ("torch", "gradio", "datasets", "matplotlib", "transformers", "ipywidgets", "numpy")
@@ -47,9 +50,63 @@ def test_readme_is_the_index_notebook():
 
 def test_ci_runs_the_readmes_test_line():
     lines = [l for l in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "-m pytest" in l]
-    assert "pip install -e '.[dev]'" in lines[0]
+    assert "pip install -c constraints.txt -e '.[dev]'" in lines[0]
     assert "grep -m 1 -- '-m pytest' README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
+
+# ------------------------------------------------------------------ the address and the name
+
+def test_addresses_are_those_of_the_settings():
+    for path, text in links.written().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: python tools/links.py"
+
+
+def test_a_lesson_without_badge_and_install_cell_gets_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(links, "ROOT", tmp_path)
+    cells = [{"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# A title\n\n> and more"},
+             {"cell_type": "code", "id": "b", "metadata": {}, "outputs": [], "execution_count": None, "source": "1 + 1"}]
+    (tmp_path / "00_a.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    made = links.with_cells(tmp_path / "00_a.ipynb")
+    sources = ["".join(cell["source"]) for cell in json.loads(made)["cells"]]
+    assert sources[0] == cells[0]["source"] and sources[3] == "1 + 1"
+    assert sources[1].endswith("(https://colab.research.google.com/github/minigpt/minigpt/blob/main/00_a.ipynb)")
+    assert sources[2].endswith('%pip install -q "minigpt @ git+https://github.com/minigpt/minigpt"')
+    (tmp_path / "00_a.ipynb").write_text(made, encoding="utf-8")
+    assert links.with_cells(tmp_path / "00_a.ipynb") == made
+
+
+def from_an_index(text: str) -> list[str]:
+    """Commands in a text that ask a package index for minigpt: on PyPI that is another project."""
+    found = []
+    for command in re.findall(r"pip3? install[^\n`)&;|]*", text):
+        words = re.findall(r"[^\s\"'\\]+", command)
+        if any(re.fullmatch(r"minigpt(\[\w+\])?([=<>~!].*)?", word) and after != "@"
+               for word, after in zip(words, [*words[1:], ""])):
+            found.append(command)
+    return found
+
+
+@pytest.mark.parametrize("text, count", [
+    ("%pip install -q minigpt\n", 1), ("/opt/bin/pip install minigpt).", 1), ("pip install 'minigpt[dev]>=0.1' x", 1),
+    ('"pip install \\"minigpt==1\\""', 1), ('pip install "minigpt @ git+https://a.b/c"', 0), ("pip install minigpt-x", 0),
+    ("pip install dist/minigpt-0.1.0-py3-none-any.whl", 0), ("pip install . && minigpt chat", 0)])
+def test_asking_an_index_is_noticed(text, count):
+    assert len(from_an_index(text)) == count
+
+
+def test_nothing_installs_the_other_minigpt():
+    if not (ROOT / ".git").exists():
+        pytest.skip("which files belong to the repository is known in a clone only")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    for path in (ROOT / name for name in names if name and not name.endswith((".safetensors", ".png", "test_package.py"))):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            if path.name == "requirements.txt":
+                text = re.sub(r"(?m)^(?!#)", "pip install ", text)
+            assert not from_an_index(text), path.relative_to(ROOT)
+
+
+# ------------------------------------------------------------------ imports
 
 def test_import_alone_is_light():
     assert loaded("import minigpt") == set()
@@ -80,7 +137,7 @@ def test_small_samples_stay_small():
 
 def test_modules_hold_no_pickle_no_eval():
     """Untrusted files: weights are safetensors, state files load with weights_only, no code is run from data."""
-    for path in sorted((ROOT / "minigpt").glob("*.py")):
+    for path in sorted((ROOT / "minigpt").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 assert not {a.name for a in node.names} & {"pickle", "dill", "joblib"}, path.name
@@ -95,64 +152,101 @@ def test_modules_hold_no_pickle_no_eval():
 
 # ------------------------------------------------------------------ what the package needs
 
-# Import name -> the requirement that brings it, where the names differ.
-BROUGHT_BY = {"huggingface_hub": "huggingface_hub", "IPython": "ipywidgets", "fastapi": "gradio", "starlette": "gradio",
-              "uvicorn": "gradio", "pydantic": "gradio"}
-# Imported only where somebody asks for it, with a message that says what to install.
-OPTIONAL = {"tiktoken", "lm_eval", "tensorboard", "pypdf", "faiss", "sentence_transformers"}
+# Imported only where somebody asks for it, with a message that says what to install; or as a peer, if it is there.
+OPTIONAL = {"tiktoken", "lm_eval", "tensorboard", "pypdf", "faiss", "sentence_transformers", "transformers", "tokenizers"}
 
 
-def foreign_imports() -> dict[str, set[str]]:
-    """Packages that the modules import: name -> "module" for imports at the top, "module, later" for others."""
-    found: dict[str, set[str]] = {}
-    for path in sorted((ROOT / "minigpt").glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
-            for name in (n.split(".")[0] for n in names):
-                if name not in sys.stdlib_module_names | {"tomllib"} and name != "minigpt":  # 3.10 has no tomllib
-                    found.setdefault(name, set()).add(path.stem + ", later" * bool(node.col_offset))
+def sources() -> dict[str, str]:
+    """The code of each module and, cell by cell, of each notebook; lines of IPython's own (%pip) are left out."""
+    found = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in (ROOT / "minigpt").rglob("*.py")}
+    for path in (ROOT / "nbs").rglob("[!.]*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                found[f"{path.name} {cell['id']}"] = re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", "".join(cell["source"]))
     return found
 
 
-def required() -> set[str]:
-    import re
-    return {re.match(r"[\w-]+", r)[0].lower().replace("-", "_") for r in ini()["requirements"].split()}
+def foreign_imports() -> dict[str, set[str]]:
+    """Packages that modules and notebooks import: name -> where; "where, later" for an import that is not at the top."""
+    found: dict[str, set[str]] = {}
+    for place, code in sources().items():
+        for node in ast.walk(ast.parse(code)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for name in (n.split(".")[0] for n in names):
+                if name not in sys.stdlib_module_names | {"tomllib", "minigpt"}:  # 3.10 has no tomllib
+                    found.setdefault(name, set()).add(place + ", later" * bool(node.col_offset))
+    return found
 
 
-def test_requirements_cover_the_imports():
-    for name, where in foreign_imports().items():
-        if name in OPTIONAL:
-            assert all(place.endswith(", later") for place in where), f"{name} is imported at the top of {where}"
-        else:
-            assert BROUGHT_BY.get(name, name).lower() in required(), f"{name}, imported by {where}, is not required"
+def plain(requirement: str) -> str:
+    """The name that a requirement or a constraint begins with, as it is imported."""
+    return re.match(r"[\w-]+", requirement)[0].lower().replace("-", "_")
 
 
-def test_no_requirement_is_idle():
-    imported = {BROUGHT_BY.get(name, name).lower() for name in foreign_imports()}
-    assert required() <= imported | {"gradio"}
+def required(kind: str = "requirements") -> list[str]:
+    return [plain(requirement) for requirement in ini()[kind].split()]
+
+
+def test_requirements_are_what_is_imported():
+    imports = foreign_imports()
+    for name in OPTIONAL & imports.keys():
+        assert all(place.endswith(", later") for place in imports[name]), f"{name} is imported at the top of {imports[name]}"
+    needed = {name.lower(): where for name, where in imports.items() if name not in OPTIONAL}
+    assert needed.keys() == set(required()), {name: needed.get(name) for name in needed.keys() ^ set(required())}
+
+
+def test_constraints_bound_every_requirement():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    bounds = [line for line in lines if not line.startswith("#")]
+    assert sorted(map(plain, bounds)) == sorted(required() + required("dev_requirements"))
+    assert all(re.fullmatch(r"[\w-]+<=[\d.]+", bound) for bound in bounds)
+    assert "<=2.13" in bounds[list(map(plain, bounds)).index("torch")]
 
 
 # ------------------------------------------------------------------ distributions
+
+TOP = {"pyproject.toml", "setup.py", "settings.ini", "constraints.txt", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md",
+       "CONTRIBUTING.md"}
+
 
 def test_distributions_are_small_and_complete(distributions):
     sdist, wheel = distributions
     assert wheel.stat().st_size < 45e6 and sdist.stat().st_size < 45e6
     here = {p.relative_to(ROOT).as_posix() for p in (ROOT / "minigpt").rglob("*")
             if p.is_file() and "__pycache__" not in p.parts}
+    assert "minigpt/py.typed" in here
     with zipfile.ZipFile(wheel) as archive:
-        packed = {n for n in archive.namelist() if n.startswith("minigpt/")}
-        [metadata] = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
-        meta = HeaderParser().parsestr(archive.read(metadata).decode())
-        [entries] = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
-        assert "minigpt = minigpt.engine.cli:main" in archive.read(entries).decode().replace("=", " = ").replace("  ", " ")
+        names = set(archive.namelist())
+    packed = {name for name in names if name.startswith("minigpt/")}
     assert packed == here
-    assert meta["Version"] == minigpt.__version__ and meta["Requires-Python"] == ">=3.10"
-    unconditional = [r for r in meta.get_all("Requires-Dist") if "extra ==" not in r]
-    assert len(unconditional) == len(ini()["requirements"].split())
+    assert {name.partition("/")[0] for name in names - packed} == {f"minigpt-{minigpt.__version__}.dist-info"}
     with tarfile.open(sdist) as archive:
-        inside = {n.partition("/")[2] for n in archive.getnames()}
-    assert here | {"setup.py", "settings.ini", "README.md", "LICENSE", "CHANGELOG.md"} <= inside
+        inside = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    made = {"PKG-INFO", "setup.cfg"} | {name for name in inside if name.startswith("minigpt.egg-info/")}
+    assert inside == here | TOP | made  # no tests: they need the notebooks and the tools
+
+
+def test_the_wheel_says_what_it_is(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        place = f"minigpt-{minigpt.__version__}.dist-info"
+        meta = HeaderParser().parsestr(archive.read(f"{place}/METADATA").decode())
+        entries = configparser.ConfigParser(delimiters=["="])
+        entries.read_string(archive.read(f"{place}/entry_points.txt").decode())
+        licences = [archive.read(f"{place}/licenses/{name}").decode() for name in meta.get_all("License-File")]
+    assert meta["Version"] == minigpt.__version__ and meta["Requires-Python"] == ">=3.10"
+    assert meta["License-Expression"] == "MIT" and licences[0].startswith("MIT License")
+    assert licences[1].startswith("Modified MIT License\n\nSoftware Copyright (c) 2019 OpenAI\n")
+    assert not [c for c in meta.get_all("Classifier") if c.startswith("License ::")]
+    assert {"Programming Language :: Python :: 3.10", "Programming Language :: Python :: 3.13", "Typing :: Typed",
+            "Development Status :: 3 - Alpha", "Intended Audience :: Education"} <= set(meta.get_all("Classifier"))
+    places = dict(line.split(", ") for line in meta.get_all("Project-URL"))
+    assert places["Source"] == links.ADDRESS and places.keys() == {"Documentation", "Source", "Issues", "Changelog"}
+    assert dict(entries["console_scripts"]) == {"minigpt": "minigpt.engine.cli:main"}
+    unconditional = [r for r in meta.get_all("Requires-Dist") if "extra ==" not in r]
+    assert len(unconditional) == len(required())
+    targets = re.findall(r"\]\(([^)]+)\)", meta.get_payload())
+    assert len(targets) > 10 and all(re.match(r"https?://|#", target) for target in targets)
 
 
 def test_twine_accepts_the_distributions(distributions):

@@ -547,7 +547,7 @@ def test_every_question_has_its_section():
     assert len(asked) >= 60 and len({q["question"] for q in QUESTIONS}) == len(QUESTIONS)
     assert [q for q in asked if (f"{q['notebook']}.ipynb", q["heading"]) not in known] == []
     assert {q["notebook"] for q in asked} >= {"00_bpe", "01_data", "02_attention", "03_gpt2", "04_training",
-                                              "05_generation", "06_evaluation", "09_rag", "10_chat_ui"}
+                                              "05_generation", "06_evaluation", "09_rag", "10_chat"}
 
 
 def test_the_course_is_found_and_the_rest_is_not(the_course, ledger):
@@ -757,11 +757,11 @@ def run(*arguments, cwd=None, code=0):
 
 def test_the_commands_defaults_are_the_modules():
     import inspect
-    from minigpt.engine import cli_rag, documents
-    ask, index = (inspect.signature(f).parameters for f in (cli_rag.ask_command, cli_rag.index_command))
-    assert ask["threshold"].default.default == rag.THRESHOLD
-    assert (index["size"].default.default, index["overlap"].default.default) == (documents.SIZE, documents.OVERLAP)
-    assert index["max_mb"].default.default * 1_000_000 == documents.MAX_BYTES
+    from minigpt.engine import cli, documents
+    ask, index = (inspect.signature(f).parameters for f in (cli._ask, cli._index))
+    assert ask["threshold"].default == rag.THRESHOLD
+    assert (index["size"].default, index["overlap"].default) == (documents.SIZE, documents.OVERLAP)
+    assert index["max_mb"].default * 1_000_000 == documents.MAX_BYTES
 
 
 def test_ask_the_course():
@@ -801,6 +801,8 @@ def test_command_line_errors_are_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, told in ((["index", tmp_path / "empty"], "holds no documents"),
                             (["ask", "tea", "--docs", tmp_path / "nowhere"], "no such file or folder"),
-                            (["ask", "?"], "holds no word"), (["ask", "tea", "--threshold", "7"], "threshold=7")):
+                            (["ask", "?"], "holds no word"), (["ask", "tea", "--threshold", "7"], "threshold=7"),
+                            (["ask", "tea", "--k", "0"], "--k"), (["ask", "tea", "--docs", ""], "'--docs': it is empty"),
+                            (["index", tmp_path, "--max-mb", "0"], "--max-mb")):
         out, err = run(*arguments, code=2)
         assert out == "" and told in err and len(err.strip().splitlines()) == 1

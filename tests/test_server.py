@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import minigpt.server
 from minigpt.bpe import BPETokenizer
-from minigpt.chat import load_pair
 from minigpt.data import ChatRenderer
+from minigpt.engine.hub import load_pair
 from minigpt.generation import Decoder, Options, RepetitionPenalty, TextStream, generate, read
 from minigpt.gpt2 import GPT2, GPT2Config, KVCache
 from minigpt.server import (Ask, Batch, Engine, Limits, Reply, Slots, create_app, row_decoder, running,

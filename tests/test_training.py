@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from exercise_cells import exercises, said
 from minigpt import training as t
 from minigpt.bpe import BPETokenizer
-from minigpt.engine.cli import make_recipe
+from minigpt.engine import tracking
+from minigpt.engine.runs import make_recipe
 from minigpt.data import TokenFile, WindowSampler, load_text, pack
 from minigpt.gpt2 import GPT2, GPT2Config
-from minigpt.training import (Checkpoints, LivePlot, Phase, Ranks, Stepper, StreamSampler, TokenArray, TrainConfig, plan, train)
+from minigpt.training import (Checkpoints, Phase, Ranks, Stepper, StreamSampler, TokenArray, TrainConfig, plan, train)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = GPT2Config(vocab_size=300, block_size=32, n_layer=2, n_head=2, n_embd=32)
@@ -310,7 +311,7 @@ def test_csv_is_one_run(uninterrupted, tmp_path):
     shutil.rmtree(saved.path(40))
     phased(folder, resume=True)
     lines = (folder / "log.csv").read_text(encoding="utf-8").splitlines()
-    assert lines[0].split(",") == list(t.COLUMNS)
+    assert lines[0].split(",") == list(tracking.COLUMNS)
     assert [int(float(line.split(",")[0])) for line in lines[1:]] == list(range(5, 41, 5))
 
 
@@ -389,7 +390,7 @@ def test_the_best_checkpoint_is_the_best_that_was_saved(tmp_path):
     """Evaluated twice as often as saved; and going on from a checkpoint that was written before its evaluation."""
     config = TrainConfig(max_steps=60, lr=1e-2, warmup_steps=5, eval_every=5, save_every=10, device="cpu")
     train(tiny(), stream(), config, held=stream(400, 1), out=tmp_path, progress=False)
-    rows = {int(r["step"]): r["held"] for r in t.read_log(tmp_path / "log.csv") if "held" in r and r["step"] % 10 == 0}
+    rows = {int(r["step"]): r["held"] for r in tracking.read_log(tmp_path / "log.csv") if "held" in r and r["step"] % 10 == 0}
     step, loss = Checkpoints(tmp_path).best()
     assert (step, loss) == (min(rows, key=rows.get), pytest.approx(min(rows.values())))
     assert json.loads((Checkpoints(tmp_path).path(step) / "config.json").read_text())
@@ -411,7 +412,7 @@ def test_best_is_not_the_note_of_a_part_that_was_given_up(tmp_path, removed):
         shutil.rmtree(saved.path(step))
     train(tiny(), stream(), replace(config, max_steps=40, lr=1e-4), held=stream(400, 1), out=tmp_path,
           resume="force" if removed == "newest" else False, progress=False)
-    held = {int(r["step"]): r["held"] for r in t.read_log(tmp_path / "log.csv") if "held" in r}
+    held = {int(r["step"]): r["held"] for r in tracking.read_log(tmp_path / "log.csv") if "held" in r}
     assert saved.steps() == [10, 20, 30, 40]
     step, loss = saved.best()
     assert loss == pytest.approx(held[step])
@@ -428,7 +429,7 @@ def test_best_is_not_a_broken_one_that_was_given_up(tmp_path):
     with pytest.warns(UserWarning, match="is broken"):
         train(tiny(), stream(), replace(config, max_steps=45, lr=1e-4, save_every=7, eval_every=7), held=stream(400, 1),
               out=tmp_path, resume="force", progress=False)
-    held = {int(r["step"]): r["held"] for r in t.read_log(tmp_path / "log.csv") if "held" in r and r["step"] > 10}
+    held = {int(r["step"]): r["held"] for r in tracking.read_log(tmp_path / "log.csv") if "held" in r and r["step"] > 10}
     assert saved.best() == (min(held, key=held.get), pytest.approx(min(held.values())))
     assert all(saved.is_whole(step) for step in saved.steps()) and max(saved.steps()) == 45
 
@@ -546,7 +547,7 @@ def test_failing_evaluation_and_callback_do_not_end_the_run(tmp_path):
 
 def test_dropout_is_on_again_after_a_failed_evaluation_or_sample():
     model = tiny(dropout=0.5)
-    samples = t.Samples(BPETokenizer.from_pretrained(), [""], every=1)
+    samples = tracking.Samples(BPETokenizer.from_pretrained(), [""], every=1)
     for fails in (lambda: t.held_out_loss(model.train(), Phase(stream(400, 1)).data, rows=0), lambda: samples({"step": 1}, model.train())):
         with pytest.raises(ValueError):
             fails()
@@ -575,7 +576,7 @@ def test_a_damaged_line_of_the_log_does_not_stop_a_run(tmp_path, damage):
         file.write(damage)
     with pytest.warns(UserWarning, match="damaged"):
         train(tiny(), stream(), config, out=tmp_path, resume=True, progress=False)
-    assert [row["step"] for row in t.read_log(tmp_path / "log.csv")] == [5, 10, 15, 20]
+    assert [row["step"] for row in tracking.read_log(tmp_path / "log.csv")] == [5, 10, 15, 20]
 
 
 def test_a_log_that_an_editor_has_saved_with_a_mark_is_read_whole(tmp_path):
@@ -584,7 +585,7 @@ def test_a_log_that_an_editor_has_saved_with_a_mark_is_read_whole(tmp_path):
     text = (tmp_path / "log.csv").read_text(encoding="utf-8")
     (tmp_path / "log.csv").write_text(text, encoding="utf-8-sig")
     train(tiny(), stream(), replace(config, max_steps=20), out=tmp_path, resume="force", progress=False)
-    assert [row["step"] for row in t.read_log(tmp_path / "log.csv")] == [5, 10, 15, 20]
+    assert [row["step"] for row in tracking.read_log(tmp_path / "log.csv")] == [5, 10, 15, 20]
 
 
 def test_nan_keeps_the_last_good_checkpoint(tmp_path):
@@ -821,11 +822,11 @@ def test_plan_refuses_what_it_does_not_know():
 # ------------------------------------------------------------------ seeing
 
 def test_live_plot_writes_a_picture(tmp_path):
-    plot = LivePlot(tmp_path / "loss.png", every=0, reference="nano-stories")
+    plot = tracking.LivePlot(tmp_path / "loss.png", every=0, reference="nano-stories")
     train(tiny(), stream(), TrainConfig(max_steps=20, batch_size=2, log_every=10, eval_every=10), held=stream(400, 1),
           callbacks=[plot], progress=False)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    axes = t.loss_figure(plot.rows, plot.band).axes
+    axes = tracking.loss_figure(plot.rows, plot.band).axes
     assert list(axes[0].lines[0].get_xdata()) == [10, 20]
     assert np.allclose(axes[1].lines[0].get_ydata(), [math.exp(row["held"]) for row in plot.rows])
 
@@ -840,20 +841,20 @@ def test_progress_line_has_what_it_promises(capsys, monkeypatch):
 
 def test_tensorboard_gets_the_numbers(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    board = t.TensorBoardLog(tmp_path)
+    board = tracking.TensorBoardLog(tmp_path)
     result = train(tiny(), stream(), TrainConfig(max_steps=10, batch_size=2, log_every=5), callbacks=[board], progress=False)
     events = reader.EventAccumulator(str(tmp_path)).Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([row["loss"] for row in result.history])
 
 
 def test_reference_curve_judges():
-    band = t.reference_curve("nano-stories")
+    band = tracking.reference_curve("nano-stories")
     assert len(band["step"]) == len(band["low"]) == len(band["high"]) > 10
     assert all(low <= high for low, high in zip(band["low"], band["high"]))
     row = {"step": band["step"][5], "loss": (band["low"][5] + band["high"][5]) / 2}
-    assert t.against_reference([row], "nano-stories").endswith("normal")
-    assert "higher" in t.against_reference([row | {"loss": 2 * row["loss"]}], "nano-stories")
-    assert "lower" in t.against_reference([row | {"loss": 0.1}], "nano-stories")
+    assert tracking.against_reference([row], "nano-stories").endswith("normal")
+    assert "higher" in tracking.against_reference([row | {"loss": 2 * row["loss"]}], "nano-stories")
+    assert "lower" in tracking.against_reference([row | {"loss": 0.1}], "nano-stories")
 
 
 # ------------------------------------------------------------------ recipes

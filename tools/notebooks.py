@@ -1,20 +1,17 @@
-"""Export, run, check and look into the notebooks: everything that has to stay in step with them.
+"""Run and check the notebooks: what has to stay in step with them, and no command of nbdev looks after.
 
-    python tools/notebooks.py export [NAME ...]    notebooks -> minigpt/*.py (all of them: also minigpt/_modidx.py), and their
-                                                   texts -> minigpt/assets/course/
-    python tools/notebooks.py run [NAME ...]       run in a fresh kernel, save clean outputs, stamp them
-    python tools/notebooks.py check [NAME ...]     in step? clean? outputs fresh? (what tests/test_notebooks.py asserts)
-    python tools/notebooks.py png NAME FOLDER      write the saved pictures of a notebook into FOLDER
-    python tools/notebooks.py readme               the map in nbs/index.ipynb anew, then README.md from nbs/index.ipynb
+    python tools/notebooks.py run [NAME ...]     run in a fresh kernel, save clean outputs, stamp them; no NAME: the stale ones
+    python tools/notebooks.py check [NAME ...]   exported? clean? outputs fresh? map and README of today?
+    python tools/notebooks.py readme             the map in nbs/index.ipynb anew, then README.md from nbs/index.ipynb
+    python tools/notebooks.py course             the lessons' texts anew into minigpt/assets/course, from which `minigpt ask` answers
 
-NAME is a notebook of nbs/ without its ending (00_bpe); none means all. `run` without a name, or with --time, also notes
-the seconds in nbs/minutes.json, from which the map takes them: use it on a machine that does nothing else.
+NAME is a notebook's path in nbs/ without its ending: 00_bpe, engine/report. --all: every notebook. --time: note how long
+they ran, for the map; without it the noted seconds stay.
 """
 from __future__ import annotations
 
 import argparse
 import ast
-import base64
 import hashlib
 import json
 import os
@@ -25,93 +22,50 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from datetime import date
+from collections import namedtuple
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
-
-import course
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT / "nbs", ROOT / "minigpt"
-MINUTES = NBS / "minutes.json"
-NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-WIDGET = "application/vnd.jupyter.widget-view+json"
+PLATFORM = f"{sys.platform} {platform.machine()}"
 VARIES = "# output varies"
-# nbdev appends to a notebook's second module (`#| exports cli`) at every export; here each one is written anew.
-EXPORT = """
-import sys
-from nbdev.doclinks import _build_modidx
-from nbdev.export import nb_export
-from nbdev.maker import ModuleMaker
-for path in sys.argv[2:]:
-    nb_export(path, "minigpt", mod_maker=lambda **kw: ModuleMaker(**kw | {"is_new": True}))
-if int(sys.argv[1]):
-    _build_modidx()
+# Runs at the start of every Python process that a notebook begins: notes which files of the package are opened.
+WATCH = """import os, sys
+log = os.open(os.path.join(os.path.dirname(__file__), "opened"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+seen = set()
+def note(event, arguments):
+    if event == "open" and not isinstance(arguments[0], int):
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        if path.startswith({home!r}) and path not in seen:
+            seen.add(path)
+            os.write(log, (path + "\\n").encode())
+sys.addaudithook(note)
 """
 
 
-def notebooks(names: list[str] | None = None) -> list[Path]:
-    """The notebooks of nbs/ in their order (all, or those named); ValueError for an unknown name."""
-    every = sorted(NBS.glob("*.ipynb"), key=lambda p: (p.stem != "index", p.stem))
-    if not names:
-        return every
-    known = {p.stem: p for p in every}
+def notebooks(names: list[str] | tuple = ()) -> list[Path]:
+    """The index, lessons, deeper and engine notebooks (all, or those named)."""
+    every = sorted(NBS.rglob("*.ipynb"), key=lambda p: (p.stem != "index", p.parent != NBS, p))
+    known = {name_of(p): p for p in every if not p.parent.name.startswith((".", "_"))}
     for name in names:
         if name not in known:
-            raise ValueError(f"no notebook {name!r} in nbs/; there are: {', '.join(known)}")
-    return [known[name] for name in names]
+            raise SystemExit(f"no notebook {name!r} in nbs/; there are: {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(NBS).with_suffix("").as_posix()
+
+
+def kind_of(path: Path) -> str:
+    """index, lesson, deeper or engine."""
+    return path.parent.name if path.parent != NBS else "index" if path.stem == "index" else "lesson"
 
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def source(cell: dict) -> str:
-    return "".join(cell["source"])
-
-
-# ------------------------------------------------------------------ export
-
-def export(paths: list[Path], root: Path = ROOT, index: bool = True) -> None:
-    """Export notebooks into `root`/minigpt, in a process of its own (nbdev reads the settings.ini of its folder)."""
-    subprocess.run([sys.executable, "-c", EXPORT, str(int(index)), *map(str, paths)], cwd=root, check=True)
-
-
-def out_of_step() -> list[str]:
-    """The modules that differ from what the notebooks export (names in minigpt/), by a fresh export elsewhere."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        shutil.copy(ROOT / "settings.ini", root)
-        shutil.copytree(NBS, root / "nbs", symlinks=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-        (root / "minigpt").mkdir()
-        (root / "minigpt" / "__init__.py").touch()
-        export(sorted((root / "nbs").glob("*.ipynb")), root)
-        made = {p.name: p.read_text(encoding="utf-8") for p in (root / "minigpt").glob("*.py")}
-    here = {p.name: p.read_text(encoding="utf-8") for p in LIB.glob("*.py")}
-    return sorted(name for name in made.keys() | here.keys() if made.get(name) != here.get(name))
-
-
-# ------------------------------------------------------------------ clean
-
-def cleaned(nb: dict) -> dict:
-    """The notebook as nbdev_clean leaves it, without widget ids and standard error."""
-    from execnb.nbio import dict2nb, nb2dict
-    from nbdev.clean import clean_nb
-    nb = json.loads(json.dumps(nb))
-    nb["metadata"].pop("widgets", None)
-    for cell in nb["cells"]:
-        outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
-        for output in outputs:
-            output.get("data", {}).pop(WIDGET, None)
-        if "outputs" in cell:
-            cell["outputs"] = [o for o in outputs if o.get("data") != {}]
-    stamp = nb["metadata"].get("minigpt")
-    nb = dict2nb(nb)
-    clean_nb(nb, allowed_metadata_keys=["minigpt"])
-    nb = nb2dict(nb)
-    if stamp:
-        nb["metadata"]["minigpt"] = stamp
-    return nb
 
 
 def write(path: Path, nb: dict) -> None:
@@ -119,186 +73,8 @@ def write(path: Path, nb: dict) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def is_clean(path: Path) -> bool:
-    return cleaned(read(path)) == read(path)
-
-
-# ------------------------------------------------------------------ stamp
-
-def _imports(code: str) -> set[str]:
-    """Modules of minigpt that a piece of code imports, by its text; lines of IPython's own (%pip) are left out."""
-    code = re.sub(r"(?m)^(\s*)(%\w|!\w).*$", r"\1pass", code)
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names if a.name.split(".")[0] == "minigpt"}
-        elif isinstance(node, ast.ImportFrom):
-            module = ("minigpt." * bool(node.level) + (node.module or "")).rstrip(".")
-            if module.split(".")[0] == "minigpt":
-                found |= {module} | {f"{module}.{a.name}" for a in node.names}
-    return {name.split(".")[1] if "." in name else "__init__" for name in found}
-
-
-def fingerprint(nb: dict) -> str:
-    """Hash of what a notebook's outputs are made from: its code, the modules that it imports, and the assets."""
-    code = [source(c) for c in nb["cells"] if c["cell_type"] == "code"]
-    todo, seen = {"__init__"}, {}
-    for cell in code:
-        todo |= _imports(cell)
-    while todo:
-        name = todo.pop()
-        path = LIB / f"{name}.py"
-        if name not in seen and path.exists():
-            seen[name] = path.read_text(encoding="utf-8")
-            todo |= _imports(seen[name])
-    digest = hashlib.sha256(json.dumps([code, sorted(seen.items())]).encode())
-    corpus = "#| default_exp rag" in "\n".join(code)  # only chapter 09 reads the notebooks' texts
-    for path in sorted(p for p in (LIB / "assets").rglob("*") if p.is_file()):
-        if path.parent.name == "course" and not corpus:
-            continue
-        data = path.read_bytes()
-        if path.suffix not in {".safetensors", ".bin"}:
-            data = data.replace(b"\r\n", b"\n")
-        digest.update(f"{path.relative_to(LIB).as_posix()} {hashlib.sha256(data).hexdigest()}".encode())
-    return digest.hexdigest()[:16]
-
-
-def this_platform() -> str:
-    return f"{sys.platform} {platform.machine()}"
-
-
-def is_stamped(path: Path) -> bool:
-    nb = read(path)
-    return nb["metadata"].get("minigpt", {}).get("sources") == fingerprint(nb)
-
-
-# ------------------------------------------------------------------ run
-
-def execute(path: Path, timeout: int = 600, package: Path = ROOT, more: list[str] | tuple = ()) -> dict:
-    """Run a notebook in a fresh kernel, in an empty folder, offline; its cleaned copy with outputs.
-
-    package: the folder that holds the package `minigpt` which the notebook shall import.
-    more: sources of further cells, run at the end in the same kernel; they are the last cells of the copy.
-    """
-    import nbformat
-    from nbclient import NotebookClient
-    nb = nbformat.read(path, as_version=4)
-    nb.cells += [nbformat.v4.new_code_cell(code) for code in more]
-    env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(package), "TQDM_DISABLE": "1",
-           "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False,
-                                coalesce_streams=True, resources={"metadata": {"path": folder}})
-        client.execute(env=os.environ | env)
-    return cleaned(json.loads(nbformat.writes(nb)))
-
-
-def run(path: Path) -> float:
-    """Run a notebook, save its outputs and stamp; seconds it took."""
-    start = time.perf_counter()
-    nb = execute(path)
-    nb["metadata"]["minigpt"] = {"sources": fingerprint(nb), "platform": this_platform()}
-    write(path, cleaned(nb))
-    return time.perf_counter() - start
-
-
-# ------------------------------------------------------------------ minutes and the map
-
-def note_seconds(seconds: dict[str, float]) -> None:
-    """Note how long notebooks ran, with the machine and the day, in nbs/minutes.json."""
-    known = json.loads(MINUTES.read_text(encoding="utf-8"))["seconds"] if MINUTES.exists() else {}
-    known |= {name: round(s, 1) for name, s in seconds.items()}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    noted = {"machine": f"{cores} CPU cores, {platform.system()}", "date": date.today().isoformat(),
-             "seconds": {p.stem: known[p.stem] for p in notebooks() if p.stem in known}}
-    MINUTES.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8", newline="\n")
-
-
-def in_words(seconds: float | None) -> str:
-    """A duration for the map: "25 s", "1 min 10 s", rounded up to 5 seconds; "-" where it was never measured."""
-    if seconds is None:
-        return "-"
-    whole = -int(-seconds // 5) * 5
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s".removesuffix(" 0 s")
-
-
-def title_of(path: Path) -> tuple[str, str]:
-    """The title of a notebook and the line below it, without Markdown's signs."""
-    head = [line for line in source(read(path)["cells"][0]).splitlines() if line.strip()]
-    return head[0].removeprefix("# ").strip(), head[1].removeprefix("> ").strip().rstrip(".")
-
-
-def course_map() -> str:
-    """The table of the chapters: number and title, what it gives (its second line), and how long it runs."""
-    seconds = json.loads(MINUTES.read_text(encoding="utf-8"))["seconds"] if MINUTES.exists() else {}
-    rows = ["| notebook | what it is about | runs in |", "|---|---|---|"]
-    for path in notebooks():
-        if path.stem != "index":
-            title, about = title_of(path)
-            number = path.stem.partition("_")[0]
-            rows.append(f"| [{number} {title}]({path.name}) | {about} | {in_words(seconds.get(path.stem))} |")
-    return "\n".join(rows)
-
-
-def with_map(text: str) -> str:
-    """A Markdown text whose table is replaced by the map of the course."""
-    return re.sub(r"(?m)(^\|.*\n?)+", lambda _: course_map() + "\n", text, count=1).rstrip("\n")
-
-
-def index_with_map() -> dict:
-    """nbs/index.ipynb with the map as the chapters give it today."""
-    nb = read(NBS / "index.ipynb")
-    cell = next(cell for cell in nb["cells"] if cell.get("id") == "map")
-    cell["source"] = with_map(source(cell)).splitlines(keepends=True)
-    return nb
-
-
-# ------------------------------------------------------------------ exercises
-
-@dataclass(frozen=True)
-class Exercise:
-    """An exercise of a notebook: its number, the unsolved cell, the cells that check it, the folded solution."""
-
-    number: str
-    unsolved: str
-    checks: tuple[str, ...]
-    solution: str
-    said: str       # what the check said when the notebook ran
-
-
-def exercises(nb: dict) -> list[Exercise]:
-    """The exercises of a notebook, in order.
-
-    The form: a code cell that begins with `# exercise NN.K`, code cells that check it and print `exercise NN.K: ...`
-    (`correct` when solved), then a Markdown cell with a python block in <details>. ValueError where one differs.
-    """
-    found, cells = [], nb["cells"]
-    for i, cell in enumerate(cells):
-        number = re.match(r"# exercise (\d\d\.\d+)\s*\n", source(cell))
-        if cell["cell_type"] != "code" or not number:
-            continue
-        checks = []
-        for after in cells[i + 1:]:
-            if after["cell_type"] != "code":
-                break
-            checks.append(after)
-        folded = re.search(r"<details>.*?```python\n(.*?)```.*?</details>", source(after), re.S)
-        if not checks or not folded:
-            raise ValueError(f"exercise {number[1]}: a check and a markdown cell with <details> must follow it")
-        found.append(Exercise(number[1], source(cell), tuple(map(source, checks)), folded[1],
-                              "\n".join(map(printed, checks)).strip()))
-    return found
-
-
-def solved_cells(found: list[Exercise]) -> list[str]:
-    """For each exercise a cell that holds its solution and its checks, to be run after the notebook."""
-    return ["\n".join([one.solution, *one.checks]) for one in found]
-
-
-# ------------------------------------------------------------------ compare
-
-def _kinds(cell: dict) -> list:
-    return [(o["output_type"], sorted(o.get("data", {})), o.get("name")) for o in cell.get("outputs", [])]
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
 
 
 def printed(cell: dict) -> str:
@@ -312,60 +88,133 @@ def printed(cell: dict) -> str:
     return "\n".join(parts)
 
 
-def same_text(a: str, b: str, tolerance: float = 0.05) -> bool:
-    """Equal but for numbers, and those within `tolerance` (processors round differently); whole numbers exactly."""
-    if NUMBER.split(a) != NUMBER.split(b):
-        return False
-    for x, y in zip(NUMBER.findall(a), NUMBER.findall(b)):
-        u, v = float(x.replace(",", "") or 0), float(y.replace(",", "") or 0)
-        if "." not in x and "e" not in x.lower():
-            if u != v:
-                return False
-        elif abs(u - v) > tolerance * max(abs(u), abs(v)) + 1e-3:
-            return False
-    return True
+def stripped(nb: dict) -> dict:
+    """The notebook without what a run leaves besides its results: standard error, and widgets with their random ids."""
+    nb = json.loads(json.dumps(nb))
+    nb["metadata"].pop("widgets", None)
+    for cell in nb["cells"]:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        if "outputs" in cell:
+            cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr" and o.get("data") != {}]
+    return nb
 
 
-def differences(saved: dict, fresh: dict) -> list[str]:
-    """What differs between saved and fresh outputs: kinds always, texts on the platform that made the saved ones."""
-    strict = saved["metadata"].get("minigpt", {}).get("platform") == this_platform()
-    found = []
-    for old, new in zip(saved["cells"], fresh["cells"]):
-        if old["cell_type"] != "code":
-            continue
-        first = source(old).strip().split("\n")[0][:60]
-        if _kinds(old) != _kinds(new):
-            found.append(f"cell {old['id']} ({first}): kinds {_kinds(old)} saved, {_kinds(new)} now")
-        elif strict and VARIES not in source(old) and not same_text(printed(old), printed(new)):
-            found.append(f"cell {old['id']} ({first}): saved\n{printed(old)}\nnow\n{printed(new)}")
-    return found
+# ------------------------------------------------------------------ stamps: what outputs were made from
+
+def running_code(nb: dict) -> list[str]:
+    """The code cells that outputs come from: all but hidden ones that only import, or that are not run (Colab's)."""
+    def only_imports(text: str) -> bool:
+        body = ast.parse(re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", text)).body
+        return "eval: false" in text or all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+    code = [source(cell) for cell in nb["cells"] if cell["cell_type"] == "code"]
+    return [text for text in code if not (re.match(r"#\|\s*hide\b", text) and only_imports(text))]
 
 
-# ------------------------------------------------------------------ pictures
-
-def pictures(path: Path, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    made = []
-    for i, cell in enumerate(read(path)["cells"]):
-        for j, output in enumerate(cell.get("outputs", [])):
-            if "image/png" in output.get("data", {}):
-                target = folder / f"{path.stem}-{i:03d}-{j}.png"
-                target.write_bytes(base64.b64decode("".join(output["data"]["image/png"])))
-                made.append(target)
-    return made
+@lru_cache(maxsize=None)
+def digest_of(path: Path, changed_at: int) -> str:
+    """Hash of a file; of a module without its first docstring and nbdev's marks, which come from titles and names."""
+    if path.suffix != ".py":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    text = re.sub(r'\A""".*?"""', "", path.read_text(encoding="utf-8"), flags=re.S)
+    return hashlib.sha256(re.sub(r"(?m)^# (%%|AUTOGENERATED).*", "", text).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------ README.md
+def fingerprint(nb: dict, used: list[str]) -> str:
+    """Hash of the notebook's code and of the files (`/` at the end: folders, but for model cards) that took part."""
+    parts = running_code(nb)
+    for name in used:
+        files = sorted((LIB / name).glob("*.[!m]*")) if name.endswith("/") else [LIB / name]
+        parts += [f"{name} {p.name} {digest_of(p, p.stat().st_mtime_ns) if p.exists() else 'gone'}" for p in files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def is_fresh(nb: dict) -> bool:
+    stamp = nb["metadata"].get("minigpt", {})
+    return "used" in stamp and stamp["sources"] == fingerprint(nb, stamp["used"])
+
+
+def in_package(path: Path) -> str:
+    """What an opened file stands for, path in the package: a compiled module for its text, a file of the shipped model
+    for the folder, as its weights are opened out of Python's sight."""
+    if path.parent.name == "__pycache__":
+        path = path.parent.parent / (path.name.partition(".")[0] + ".py")
+    return f"{path.parent.as_posix()}/" if path.parent.name == "minigpt-chat" else path.as_posix()
+
+
+def execute(path: Path, package: Path | None = None, more: list[str] | tuple = ()) -> tuple[dict, list[str]]:
+    """Run a notebook in a fresh kernel, in an empty folder, offline: its copy with outputs, and the files of the package
+    that were opened meanwhile, also by programs that it starts.
+
+    package: the folder that holds the package `minigpt` which the notebook shall import; None: this repository.
+    more: sources of further cells, run at the end in the same kernel; they are the last cells of the copy.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+    nb = nbformat.read(path, as_version=4)
+    nb.cells += [nbformat.v4.new_code_cell(code) for code in more]
+    home = ((package or ROOT) / "minigpt").resolve()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryDirectory() as watching:
+        Path(watching, "sitecustomize.py").write_text(WATCH.format(home=str(home) + os.sep), encoding="utf-8")
+        env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONHASHSEED": "0",
+               "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join([watching, str(home.parent)])}
+        client = NotebookClient(nb, timeout=600, kernel_name="python3", store_widget_state=False,
+                                coalesce_streams=True, resources={"metadata": {"path": folder}})
+        client.execute(env=os.environ | env)
+        opened = Path(watching, "opened").read_text(encoding="utf-8").splitlines()
+    return stripped(json.loads(nbformat.writes(nb))), sorted({in_package(Path(p).relative_to(home)) for p in opened})
+
+
+def run(path: Path, note_time: bool = False) -> None:
+    """Run a notebook, save its outputs and stamp."""
+    start, before = time.perf_counter(), read(path)["metadata"].get("minigpt", {})
+    nb, used = execute(path)
+    seconds = round(time.perf_counter() - start)
+    nb["metadata"]["minigpt"] = {"sources": fingerprint(nb, used), "used": used, "platform": PLATFORM,
+                                 "seconds": seconds if note_time else before.get("seconds", seconds)}
+    write(path, nb)
+    nbdev(ROOT, f"nbdev_clean({str(path)!r})")
+    print(f"{name_of(path)}: {seconds} s", flush=True)
+
+
+# ------------------------------------------------------------------ the map and README.md
+
+def title_of(path: Path) -> tuple[str, str]:
+    """The title of a notebook and the line below it, without Markdown's signs."""
+    head = [line for line in source(read(path)["cells"][0]).splitlines() if line.strip()]
+    return head[0].removeprefix("# ").strip(), head[1].removeprefix("> ").strip().rstrip(".")
+
+
+def course_map() -> str:
+    """The table of the lessons: number and title, what it gives (its second line), how long it runs; then the deeper ones."""
+    rows, deeper = ["| notebook | what it is about | runs in |", "|---|---|---|"], []
+    for path in notebooks():
+        title, about = title_of(path)
+        if kind_of(path) == "lesson":
+            seconds = read(path)["metadata"].get("minigpt", {}).get("seconds")
+            rows.append(f"| [{path.name[:2]} {title}]({path.name}) | {about} | {f'{seconds} s' if seconds else '-'} |")
+        elif kind_of(path) == "deeper":
+            deeper.append(f"- [{title}]({name_of(path)}.ipynb): {about}")
+    return "\n".join(rows + ["\nDeeper, each of which may be skipped:\n"] * bool(deeper) + deeper)
+
+
+def index_with_map() -> dict:
+    """nbs/index.ipynb, where the map, from its table to the end of its cell, is as the notebooks give it today."""
+    nb = read(NBS / "index.ipynb")
+    cell = next(cell for cell in nb["cells"] if cell.get("id") == "map")
+    cell["source"] = (source(cell).partition("\n|")[0] + "\n" + course_map()).splitlines(keepends=True)
+    return nb
+
 
 def readme() -> str:
     """README.md as nbs/index.ipynb gives it: its texts, its code cells and their printed outputs; exported cells and
-    those marked `#| hide` stay out, links to notebooks lead into nbs/."""
+    hidden ones stay out, links to notebooks and pages lead into nbs/."""
     parts = []
     for cell in read(NBS / "index.ipynb")["cells"]:
         text = source(cell)
         if cell["cell_type"] == "markdown":
             parts.append(re.sub(r"\]\((?!https?:|#)([^)]+\.(?:ipynb|md)\b)", r"](nbs/\1", text))
-        elif not re.match(r"\s*#\|\s*(exports|hide|default_exp)", text):
+        elif not re.match(r"\s*#\|\s*(export|hide|default_exp)", text):
             shown = "\n".join(line for line in text.splitlines() if line != VARIES)
             parts.append(f"```python\n{shown.strip()}\n```")
             if said := printed(cell).strip():
@@ -373,48 +222,100 @@ def readme() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def write_course(folder: Path = LIB / "assets" / "course") -> None:
+    """The Markdown cells of lessons and deeper notebooks, as notebooks with one cell a line. What stands there is a
+    snapshot, cut anew on purpose: nothing holds it to the lessons' every word."""
+    for old in folder.glob("*.ipynb"):
+        old.unlink()
+    for path in notebooks():
+        if kind_of(path) in ("lesson", "deeper"):
+            rows = [json.dumps({"cell_type": "markdown", "id": cell["id"], "metadata": {}, "source": source(cell)},
+                               ensure_ascii=False) for cell in read(path)["cells"] if cell["cell_type"] == "markdown"]
+            text = '{"cells": [\n' + ",\n".join(rows) + '\n],\n"metadata": {}, "nbformat": 4, "nbformat_minor": 5}\n'
+            (folder / path.name).write_text(text, encoding="utf-8", newline="\n")
+
+
+Exercise = namedtuple("Exercise", "number text unsolved checks solution said")  # said: by the checks, when the notebook ran
+
+
+def exercises(nb: dict) -> list[Exercise]:
+    """The exercises of a notebook, in order.
+
+    The form: a code cell that begins with `# exercise NAME.K`, code cells that check it and print `exercise NAME.K: ...`
+    (`correct` when solved), then a Markdown cell with a python block in <details>. ValueError where one differs.
+    """
+    found, cells = [], nb["cells"]
+    for i, cell in enumerate(cells):
+        number = re.match(r"# exercise (\w+\.\d+)\s*\n", source(cell))
+        if cell["cell_type"] != "code" or not number:
+            continue
+        checks = list(takewhile(lambda after: after["cell_type"] == "code", cells[i + 1:]))
+        folded = re.search(r"<details>.*?```python\n(.*?)```.*?</details>", "".join(map(source, cells[i + len(checks) + 1:][:1])), re.S)
+        if not checks or not folded:
+            raise ValueError(f"exercise {number[1]}: a check and a markdown cell with <details> must follow it")
+        found.append(Exercise(number[1], source(cells[i - 1]), source(cell), "\n".join(map(source, checks)), folded[1],
+                              "\n".join(map(printed, checks)).strip()))
+    return found
+
+
+# ------------------------------------------------------------------ check
+
+def nbdev(folder: Path, *calls: str) -> None:
+    """nbdev's own commands, in a process of their own, in the folder whose settings they read."""
+    code = "from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; "
+    subprocess.run([sys.executable, "-c", code + "; ".join(calls)], cwd=folder, check=True)
+
+
+def from_nbdev() -> tuple[list[str], list[str]]:
+    """Modules that differ from a fresh export, and notebooks that nbdev_clean would change, by nbdev's work on a copy."""
+    def texts(folder: Path, kind: str) -> dict[str, str]:
+        return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in folder.rglob(kind) if p.parent.name[0] != "."}
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary)
+        for file in {"settings.ini", "pyproject.toml"} & set(os.listdir(ROOT)):
+            shutil.copy(ROOT / file, copy)
+        shutil.copytree(NBS, copy / "nbs", ignore=shutil.ignore_patterns(".*"))
+        (copy / "minigpt").mkdir()
+        (copy / "minigpt" / "__init__.py").touch()
+        nbdev(copy, "nbdev_export()", "nbdev_clean()")
+        pairs = (texts(LIB, "*.py"), texts(copy / "minigpt", "*.py")), (texts(NBS, "*.ipynb"), texts(copy / "nbs", "*.ipynb"))
+    modules, dirty = (sorted(n for n in here.keys() | made.keys() if here.get(n) != made.get(n)) for here, made in pairs)
+    return modules, dirty
+
+
+def wrong(paths: list[Path]) -> list[str]:
+    """What is out of step, each with the command that mends it."""
+    modules, dirty = from_nbdev()
+    found = [f"minigpt/{name} is not what the notebooks export: nbdev_export (if its notebook is gone, delete it)" for name in modules]
+    found += [f"nbs/{name} is not clean: nbdev_clean" for name in dirty]
+    if index_with_map() != read(NBS / "index.ipynb") or readme() != (ROOT / "README.md").read_text(encoding="utf-8"):
+        found.append("the map in nbs/index.ipynb or README.md is not of today: python tools/notebooks.py readme")
+    return found + [f"nbs/{name_of(p)}.ipynb has stale outputs: python tools/notebooks.py run {name_of(p)}"
+                    for p in paths if not is_fresh(read(p)) or stripped(read(p)) != read(p)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["export", "run", "check", "png", "readme"])
+    parser.add_argument("what", choices=["run", "check", "readme", "course"])
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--time", action="store_true", help="run: note the seconds in nbs/minutes.json")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--time", action="store_true", help="note the seconds, on a machine that does nothing else")
     args = parser.parse_args()
-    try:
-        if args.what == "png":
-            print(*pictures(notebooks(args.names[:1])[0], Path(args.names[1])), sep="\n")
-            return 0
-        if args.what == "readme":
-            write(NBS / "index.ipynb", index_with_map())
-            (ROOT / "README.md").write_text(readme(), encoding="utf-8", newline="\n")
-            return 0
-        paths = notebooks(args.names)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.what == "export":
-        export(paths, index=not args.names)
-        course.write()
-        return 0
+    paths = notebooks(args.names)
+    if args.what == "check":
+        found = wrong(paths)
+        print("\n".join(found) or "all in step")
+        return bool(found)
     if args.what == "run":
-        seconds = {}
         for path in paths:
-            seconds[path.stem] = run(path)
-            print(f"{path.stem}: {seconds[path.stem]:.0f} s", flush=True)
-        if args.time or not args.names:
-            note_seconds(seconds)
-        return 0
-    bad = [f"{name} differs from its notebook: export again" for name in out_of_step()]
-    if index_with_map() != read(NBS / "index.ipynb"):
-        bad.append("the map in nbs/index.ipynb is not that of the chapters: python tools/notebooks.py readme")
-    if readme() != (ROOT / "README.md").read_text(encoding="utf-8"):
-        bad.append("README.md differs from nbs/index.ipynb: python tools/notebooks.py readme")
-    bad += [f"assets/course/{name} differs from nbs/: export again" for name in course.out_of_step()]
-    for path in paths:
-        if not is_clean(path):
-            bad.append(f"{path.stem} is not clean: run it again")
-        if not is_stamped(path):
-            bad.append(f"{path.stem} has stale outputs: run it again")
-    print("\n".join(bad) or "all in step")
-    return bool(bad)
+            if args.names or args.all or not is_fresh(read(path)):
+                run(path, args.time)
+    elif args.what == "readme":
+        write(NBS / "index.ipynb", index_with_map())
+        (ROOT / "README.md").write_text(readme(), encoding="utf-8", newline="\n")
+    else:
+        write_course()
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,49 +1,37 @@
-"""What can be counted of how a chapter is written: prose and code, lengths of cells, proofs behind exports, pictures.
+"""What can be counted of how a notebook is written, against the limits of its kind (lesson, deeper, engine).
 
-    python tools/style.py [NAME ...]       a table, and the cells that miss a target
-
-`counts` gives the numbers of one notebook; tests/test_site.py holds every chapter to BOUNDS.
+    python tools/style.py [NAME ...]       the table; a number outside of its limits has a star
 """
 from __future__ import annotations
 
+import ast
 import re
 import statistics
 import sys
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import notebooks as tool  # noqa: E402
+from notebooks import LIB, exercises, kind_of, name_of, notebooks, read, source  # noqa: E402
 
-# name -> (lowest, highest) that a chapter may have; None: no bound on that side
-BOUNDS = {
-    "words_per_line": (3, None),        # words of prose for each line of code
-    "median_lines": (None, 4),          # lines of a code cell
-    "longest_open": (None, 20),         # lines of the longest cell that is not exported
-    "wide_lines": (None, 0),            # exported lines over 80 columns
-    "proved": (1.0, None),              # share of exported cells with an assert within two cells, or in the same
-    "shown": (1.0, None),               # share of exported cells with an output within two cells
-    "pictures": (1, None),
-    "exercises": (3, 5),
-    "recap": (5, 5),                    # points of the recap
+# Notebooks that are not yet held to the limits.
+NOT_MOVED = ("00_bpe", "01_data", "02_attention", "03_gpt2", "04_training", "05_generation", "06_evaluation", "07_finetuning",
+             "08_lora", "09_rag", "10_chat", "11_server", "12_ui", "engine/cli", "engine/report")
+MANY = float("inf")
+LESSON = {
+    "cells": (0, 120),
+    "code": (0, 450),           # lines of code, without blank ones and directives
+    "minutes": (0, 60),         # of reading: words / 200 + code / 15
+    "median": (0, 4),           # lines of a code cell
+    "longest": (0, 25),         # lines of the longest cell that is not exported
+    "words": (6, MANY),         # of prose for a line of code
+    "pictures": (1, MANY),
+    "exercises": (3, 5),        # or none at all
+    "unbadged": (0, 0),         # exercises without "difficulty 2 of 5, 10 minutes" in the text before them
+    "names": (0, 25),           # public ones of the module
+    "module": (0, 300),         # lines of the module
+    "wide": (0, 0),             # exported lines over 80 columns
 }
-TARGETS = {name: high if low is None else low for name, (low, high) in BOUNDS.items() if low != high}
-
-
-@dataclass
-class Counts:
-    """The numbers of one chapter; `misses` names cells that miss a target, and how."""
-
-    words_per_line: float
-    median_lines: float
-    longest_open: int
-    wide_lines: int
-    proved: float
-    shown: float
-    pictures: int
-    exercises: int
-    recap: int
-    misses: list[str] = field(default_factory=list)
+LIMITS = {"index": {"wide": (0, 0)}, "lesson": LESSON, "deeper": LESSON, "engine": {"module": (0, 450), "wide": (0, 0)}}
 
 
 def prose_words(text: str) -> int:
@@ -53,84 +41,55 @@ def prose_words(text: str) -> int:
 
 
 def code_lines(text: str) -> list[str]:
-    """The lines of a code cell that are neither blank nor a directive."""
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#|")]
 
 
-def exported(cell: dict) -> bool:
-    return cell["cell_type"] == "code" and tool.source(cell).startswith("#| exports")
+def public_names(module: Path) -> list[str]:
+    found = re.search(r"^__all__ = (\[.*?\])", module.read_text(encoding="utf-8"), re.M | re.S)
+    return ast.literal_eval(found[1]) if found else []
 
 
-def defines(cell: dict) -> bool:
-    """Whether an exported cell defines something: imports and constants alone need no proof."""
-    return exported(cell) and re.search(r"(?m)^(class|def|async def) ", tool.source(cell)) is not None
+def counts(nb: dict) -> dict[str, float]:
+    """The numbers of a notebook, by the names of LESSON; cells marked `#| hide` do not count."""
+    cells = [cell for cell in nb["cells"] if not re.match(r"#\|\s*hide\b", source(cell))]
+    code = [source(cell) for cell in cells if cell["cell_type"] == "code" and code_lines(source(cell))]
+    exported = [text for text in code if re.match(r"#\|\s*export", text)]
+    lines = [len(code_lines(text)) for text in code]
+    words = sum(prose_words(source(cell)) for cell in cells if cell["cell_type"] == "markdown")
+    tasks = exercises(nb)
+    named = re.search(r"(?m)^#\|\s*default_exp\s+(\S+)", "\n".join(map(source, nb["cells"])))
+    module = LIB / (named[1].replace(".", "/") + ".py") if named else None
+    return {
+        "cells": len(cells), "code": sum(lines), "minutes": round(words / 200 + sum(lines) / 15),
+        "median": statistics.median(lines or [0]), "words": round(words / max(1, sum(lines)), 1),
+        "longest": max((len(code_lines(text)) for text in code if text not in exported), default=0),
+        "pictures": sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", [])),
+        "exercises": len(tasks),
+        "unbadged": sum(not re.search(r"difficulty [1-5] of 5, \d+ minutes", task.text, re.I) for task in tasks),
+        "names": len(public_names(module)) if module else 0,
+        "module": len(module.read_text(encoding="utf-8").splitlines()) if module else 0,
+        "wide": sum(len(line) > 80 for text in exported for line in text.splitlines())}
 
 
-def recap_points(cells: list[dict]) -> int:
-    """Points of the recap: list items between its heading and the next one."""
-    for cell in cells:
-        after = re.split(r"(?m)^##+ Recap\s*$", tool.source(cell))
-        if cell["cell_type"] == "markdown" and len(after) == 2:
-            return len(re.findall(r"(?m)^(?:[-*]|\d+\.) ", re.split(r"(?m)^##", after[1])[0]))
-    return 0
+def outside(kind: str, found: dict[str, float]) -> list[str]:
+    """The numbers that are outside of the limits of a kind."""
+    return [name for name, (low, high) in LIMITS[kind].items()
+            if not low <= found[name] <= high and (name, found[name]) != ("exercises", 0)]
 
 
-def counts(nb: dict) -> Counts:
-    cells = [c for c in nb["cells"] if "#| hide" not in tool.source(c)]
-    code = [(i, c, code_lines(tool.source(c))) for i, c in enumerate(cells) if c["cell_type"] == "code"]
-    code = [(i, c, lines) for i, c, lines in code if lines]
-    lengths = [len(lines) for _, _, lines in code]
-    words = sum(prose_words(tool.source(c)) for c in cells if c["cell_type"] == "markdown")
-    misses, proved, shown, wide = [], [], [], 0
-    for i, cell, lines in code:
-        if exported(cell):
-            over = [line for line in lines if len(line) > 80]
-            wide += len(over)
-            misses += [f"{cell['id']}: {len(over)} lines over 80 columns"] * bool(over)
-        elif len(lines) > TARGETS["longest_open"]:
-            misses.append(f"{cell['id']}: {len(lines)} lines")
-        if defines(cell):
-            # the cell itself, and the two code cells after the last export of this row
-            last = i
-            while last + 1 < len(cells) and (exported(cells[last + 1]) or cells[last + 1]["cell_type"] == "markdown"):
-                last += 1
-            near = [cell] + [c for c in cells[last + 1:] if c["cell_type"] == "code"][:2]
-            has_assert = any(re.search(r"(?m)^\s*assert |assert_", tool.source(c)) for c in near)
-            has_output = any(c.get("outputs") for c in near)
-            proved.append(has_assert)
-            shown.append(has_output)
-            misses += [f"{cell['id']}: no assert within two cells"] * (not has_assert)
-            misses += [f"{cell['id']}: no output within two cells"] * (not has_output)
-    pictures = sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))
-    open_cells = [len(lines) for _, c, lines in code if not exported(c)]
-    return Counts(round(words / max(1, sum(lengths)), 2), statistics.median(lengths or [0]), max(open_cells, default=0), wide,
-                  mean(proved), mean(shown), pictures,
-                  len(tool.exercises(nb)), recap_points(cells), misses)
+def report(paths: list[Path]) -> str:
+    """The table, and how many public names there are in all."""
+    lines = [f"{'':24}" + "".join(f"{name:>10}" for name in LESSON)]
+    for path in paths:
+        found = counts(read(path))
+        bad = outside(kind_of(path), found)
+        lines.append(f"{name_of(path):24}" + "".join(f"{f'{number:g}' + '*' * (name in bad):>10}" for name in LESSON for number in [found[name]]))
+    return "\n".join([*lines, f"public names in all: {all_names()} (300)"])
 
 
-def mean(flags: list[bool]) -> float:
-    return round(sum(flags) / len(flags), 3) if flags else 1.0
-
-
-def outside(found: Counts) -> list[str]:
-    """The bounds that a chapter's numbers break."""
-    numbers = asdict(found)
-    return [f"{name}={numbers[name]}, allowed {low} to {high}" for name, (low, high) in BOUNDS.items()
-            if low is not None and numbers[name] < low or high is not None and numbers[name] > high]
-
-
-def main() -> int:
-    paths = [p for p in tool.notebooks(sys.argv[1:]) if p.stem != "index"]
-    results = {p.stem: counts(tool.read(p)) for p in paths}
-    names = list(BOUNDS)
-    print(" " * 16 + "".join(f"{name:>15}" for name in names))
-    for stem, found in results.items():
-        print(f"{stem:16}" + "".join(f"{getattr(found, name):>15}" for name in names))
-    print(f"{'target':16}" + "".join(f"{TARGETS.get(name, ''):>15}" for name in names))
-    for stem, found in results.items():
-        print(f"\n{stem}", *found.misses, sep="\n  ")
-    return 0
+def all_names() -> int:
+    return sum(len(public_names(path)) for path in LIB.rglob("*.py"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(report(notebooks(sys.argv[1:])))

@@ -5,7 +5,8 @@ clients and visitors have to know. PORT chooses another port (for a try at home)
 """
 import os
 
-from minigpt.chat import ChatSession, load_pair
+from minigpt.chat import ChatSession
+from minigpt.engine.hub import load_pair
 from minigpt.server import Limits, create_app, serve
 from minigpt.ui import gradio_app, page_style
 

@@ -10,16 +10,15 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data import ChatRenderer
+from .report import open_model
 from ..evaluation import EVAL, score_ids, score_rows
 from ..generation import Options, stream_text
 from .devices import pick_device
-from .report import open_model
 
 try:
     from lm_eval.api.model import LM
@@ -184,7 +183,7 @@ sign_in()
 def run_lm_eval(arguments: Sequence[str]) -> None:
     """lm-eval's own command line, with the minigpt model signed in.
 
-    Raises ValueError if lm-eval is not installed.
+    Raises ValueError if lm-eval is not installed, or does not like them.
     """
     if not sign_in():
         raise ValueError("lm-eval is not installed: pip install lm-eval")
@@ -193,5 +192,7 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     before, sys.argv = sys.argv, ["lm_eval", *arguments]
     try:
         cli_evaluate()
+    except ValueError as error:
+        raise ValueError(f"lm-eval says: {error}") from error
     finally:
         sys.argv = before
