@@ -260,10 +260,12 @@ class Samples:
         self.next = row["step"] + self.every
         training = model.training
         model.eval()
-        for prompt in self.prompts:
-            self.texts.append((int(row["step"]), prompt,
-                               self.write(model, prompt)))
-        model.train(training)
+        try:
+            for prompt in self.prompts:
+                self.texts.append((int(row["step"]), prompt,
+                                   self.write(model, prompt)))
+        finally:                      # or training would lose its dropout
+            model.train(training)
         if self.path:
             lines = [json.dumps(t) + "\n" for t in
                      self.texts[-len(self.prompts):]]
