@@ -317,7 +317,7 @@ def generate_command(
     rows = encode_prompts(texts, tokenizer, chat)
     fit(rows, options, gpt.config.block_size)  # errors now, not halfway
     place = pick_device(device)
-    decoder = Decoder(gpt.to(place), "int8" if int8 else "fast")
+    decoder = Decoder(gpt.to(place), "int8" if int8 else "auto")
     drawn = draw_texts(decoder, rows, options, beams=beams,
                        num_return=num_return, batch_size=batch_size,
                        penalty_alpha=penalty_alpha, guesses=guesses,
