@@ -43,7 +43,7 @@ def project_model(cfg, state_dict, dtype=torch.float32):
     return model.eval().to(dtype)
 
 
-def load_project(cfg, state_dict, dtype=torch.float32, weights="fast", beams=0):
+def load_project(cfg, state_dict, dtype=torch.float32, weights="auto", beams=0):
     """generate(ids, new_tokens) -> ids, from the HF model's weights. `weights`: see minigpt.generation.Decoder."""
     model = project_model(cfg, state_dict, dtype)
     if model is None:

@@ -52,7 +52,7 @@ def main():
     ap.add_argument("--layers", type=int, nargs="*", default=[1, 2])
     ap.add_argument("--temperature", type=float, default=0.0)
     ap.add_argument("--rounds", type=int, default=2)
-    ap.add_argument("--weights", default="fast", choices=["fast", "live", "int8"])
+    ap.add_argument("--weights", default="auto", choices=["auto", "fast", "live", "int8"])
     a = ap.parse_args()
     torch.set_num_threads(c.threads())
     if c.project() is None:

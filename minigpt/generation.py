@@ -6,21 +6,18 @@
 __all__ = ['Ids', 'Processor', 'Strategy', 'Draft', 'NOTHING', 'EMPTY', 'CLASSES', 'ASCII', 'check_token', 'pick', 'check',
            'Temperature', 'TopK', 'TopP', 'MinP', 'Typical', 'RepetitionPenalty', 'count_new', 'PresencePenalty',
            'FrequencyPenalty', 'NoRepeatNGram', 'BannedTokens', 'BannedWords', 'ForcedTokens', 'Options', 'chain',
-           'check_options', 'apply', 'has_onednn', 'FastLinear', 'int8_engine', 'Int8Linear', 'linear_function',
-           'product_function', 'norm_function', 'Layer', 'read_layer', 'shared_prefix', 'follow', 'Decoder', 'look_up',
-           'new_cache', 'read', 'start', 'feed', 'Move', 'run', 'Generation', 'row_seeds', 'pick_best',
-           'token_logprobs', 'Sample', 'as_prompts', 'fit', 'TokenStream', 'stream_options', 'generate_options',
-           'generate', 'stream', 'waiting', 'TextStream', 'stream_text', 'generate_text', 'StopStrings', 'BeamGroup',
-           'BeamOptions', 'extend_beams', 'may_improve', 'BeamSearch', 'beams_of', 'beam_search', 'Contrastive',
-           'contrastive_search', 'judge', 'ModelDraft', 'as_chances', 'NGramDraft', 'runs', 'Speculative', 'speculate',
-           'sequence', 'choice', 'literal', 'may_end', 'derive', 'parse_escape', 'any_character', 'parse_member',
-           'parse_class', 'check_range', 'parse_repeat', 'parse_atom', 'parse_choice', 'parse_regex', 'build_trie',
-           'allowed_tokens', 'RegexConstraint', 'choice_constraint']
+           'check_options', 'apply', 'shared_prefix', 'follow', 'new_cache', 'Decoder', 'Move', 'run', 'Generation',
+           'row_seeds', 'pick_best', 'token_logprobs', 'Sample', 'as_prompts', 'fit', 'TokenStream', 'stream_options',
+           'generate_options', 'generate', 'stream', 'waiting', 'TextStream', 'stream_text', 'generate_text',
+           'StopStrings', 'BeamGroup', 'BeamOptions', 'extend_beams', 'may_improve', 'BeamSearch', 'beams_of',
+           'beam_search', 'Contrastive', 'contrastive_search', 'judge', 'ModelDraft', 'as_chances', 'NGramDraft',
+           'runs', 'Speculative', 'speculate', 'sequence', 'choice', 'literal', 'may_end', 'derive', 'parse_escape',
+           'any_character', 'parse_member', 'parse_class', 'check_range', 'parse_repeat', 'parse_atom', 'parse_choice',
+           'parse_regex', 'build_trie', 'allowed_tokens', 'RegexConstraint', 'choice_constraint']
 
 # %% ../nbs/05_generation.ipynb #imports
 import random
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,12 +25,11 @@ from functools import lru_cache
 from threading import Event
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from .bpe import BPETokenizer, StreamDecoder
-from .gpt2 import GPT2, KVCache, gelu
+from .gpt2 import GPT2, KVCache
 
 # %% ../nbs/05_generation.ipynb #checktoken
 def check_token(token: int, vocab_size: int) -> int:
@@ -351,134 +347,6 @@ def apply(processors: Sequence[Processor], ids: list[list[int]],
         logits = processor(ids, logits, step)
     return logits
 
-# %% ../nbs/05_generation.ipynb #onednn
-def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's products are there for this dtype on the CPU."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-# %% ../nbs/05_generation.ipynb #fastlinear
-class FastLinear:
-    """x -> x weight^T + bias, with weights laid out for few rows of x.
-
-    The layout is a copy in oneDNN's blocks, made when few rows first come;
-    later changes of the weight are not seen.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.weight, self.bias = weight.detach(), bias
-        self.blocks, self.onednn = None, has_onednn(weight.dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if not self.onednn or rows > 16 and self.blocks is None:
-            return F.linear(x, self.weight, self.bias)
-        if self.blocks is None:
-            make = torch.ops.mkldnn._reorder_linear_weight.default
-            self.blocks = make(self.weight.contiguous(), 8)
-        multiply = torch.ops.mkldnn._linear_pointwise.default
-        return multiply(x, self.blocks, self.bias, "none", [], "")
-
-# %% ../nbs/05_generation.ipynb #int8engine
-def int8_engine(chosen: str, supported: Sequence[str]) -> str:
-    """The name of torch's int8 products: `chosen`, or qnnpack if it is "none".
-
-    Raises ValueError if this torch has neither.
-    """
-    names = [name for name in (chosen, "qnnpack")
-             if name in supported and name != "none"]
-    check(len(names) > 0, "weights", "int8", "'fast' or 'live' here: this "
-          "torch has no int8 products")
-    return names[0]
-
-# %% ../nbs/05_generation.ipynb #int8linear
-class Int8Linear:
-    """x -> x weight^T + bias with int8 weights, a scale a row; x is rounded
-    to int8 on the fly. CPU only. The result has the dtype of x."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        engines = torch.backends.quantized
-        engines.engine = int8_engine(engines.engine,
-                                     engines.supported_engines)
-        weight = weight.detach().float()
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).double()
-        zeros = torch.zeros_like(scale, dtype=torch.long)
-        with warnings.catch_warnings():          # torch >= 2.13: deprecated
-            warnings.simplefilter("ignore")
-            steps = torch.quantize_per_channel(weight, scale, zeros, 0,
-                                               torch.qint8)
-        bias = None if bias is None else bias.detach().float()
-        self.packed = torch.ops.quantized.linear_prepack(steps, bias)
-        self.multiply = torch.ops.quantized.linear_dynamic.default
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.multiply(x.float(), self.packed, False).to(x.dtype)
-
-# %% ../nbs/05_generation.ipynb #lookup
-def linear_function(linear: nn.Module, weights: str) -> Callable:
-    """A function for a linear layer; anything but a plain nn.Linear (or one
-    with hooks) stays as it is."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks
-    if type(linear) is not nn.Linear or hooks:
-        return linear
-    return product_function(linear.weight, linear.bias, weights)
-
-# %% ../nbs/05_generation.ipynb #product
-def product_function(weight: Tensor, bias: Tensor | None,
-                     weights: str) -> Callable[[Tensor], Tensor]:
-    """x -> x weight^T + bias; weights: "live", "fast" or "int8"."""
-    cpu = weight.device.type == "cpu"
-    if weights == "int8":
-        check(cpu, "weights", weights, f"'fast' or 'live' on {weight.device}")
-        return Int8Linear(weight, bias)
-    if weights == "fast" and cpu and weight.dtype != torch.float16:
-        return FastLinear(weight, bias)
-    return lambda x: F.linear(x, weight, bias)
-
-# %% ../nbs/05_generation.ipynb #norm
-def norm_function(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-    """A function for a layer norm, x -> y."""
-    shape, weight, bias, eps = (norm.normalized_shape, norm.weight,
-                                norm.bias, norm.eps)
-    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
-
-# %% ../nbs/05_generation.ipynb #layer
-@dataclass
-class Layer:
-    """One block of the model as functions, x -> y each."""
-    ln_1: Callable
-    c_attn: Callable
-    attn_proj: Callable
-    ln_2: Callable
-    c_fc: Callable
-    mlp_proj: Callable
-
-    @classmethod
-    def of(cls, block: nn.Module, weights: str) -> "Layer":
-        """Look up the parts of a `minigpt.gpt2.Block`."""
-        attn, mlp = block.attn, block.mlp
-        f = lambda linear: linear_function(linear, weights)
-        return cls(norm_function(block.ln_1), f(attn.c_attn), f(attn.c_proj),
-                   norm_function(block.ln_2), f(mlp.c_fc), f(mlp.c_proj))
-
-# %% ../nbs/05_generation.ipynb #readlayer
-def read_layer(layer: Layer, x: Tensor, number: int, cache: KVCache,
-               mask: Tensor | None, n_head: int, activation: str) -> Tensor:
-    """What block `number` makes of x (B, T, C), on top of the cache."""
-    B, T, C = x.shape
-    qkv = layer.c_attn(layer.ln_1(x))                      # (B, T, 3C)
-    qkv = qkv.view(B, T, 3, n_head, C // n_head)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()          # (B, H, T, D)
-    k, v = cache.append(number, k, v)                      # (B, H, S, D)
-    y = F.scaled_dot_product_attention(q, k, v, mask,
-                                       is_causal=mask is None and T > 1)
-    y = y.transpose(1, 2).reshape(B, T, C)
-    x = x + layer.attn_proj(y)
-    return x + layer.mlp_proj(gelu(layer.c_fc(layer.ln_2(x)), activation))
-
 # %% ../nbs/05_generation.ipynb #shared
 def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many items two sequences have in common at their start."""
@@ -501,31 +369,67 @@ def follow(cache: KVCache, rows: list[int], shared: int = 0) -> None:
         for t in (cache.k, cache.v):                       # (L, B, H, S, D)
             t[:, to, :, part] = t[:, old, :, part]
 
+# %% ../nbs/05_generation.ipynb #newcache
+def new_cache(model: GPT2, prompts: list[list[int]], room: int) -> KVCache:
+    """An empty cache for these prompts and `room` tokens behind them."""
+    size, longest = model.config.block_size, max(map(len, prompts))
+    pad = torch.tensor([longest - len(row) for row in prompts],
+                       device=model.device)
+    need = size if len(prompts) == 1 else min(longest + room, size)
+    return KVCache(model.config, len(prompts), need, pad=pad,
+                   device=model.device, dtype=model.dtype)
+
 # %% ../nbs/05_generation.ipynb #decoder
 class Decoder:
     """A model, ready to read token by token, and the cache of what it read.
 
-    weights: "fast" copies them into quicker layouts (a snapshot: make a new
-    decoder after training), "int8" also rounds (CPU), "live" uses the
-    model's own as they are at each start. Keep one over several calls and
-    it reads only what is new ("live" reads all). `hidden` is the last
-    layer's output (B, T, C) for the tokens read last.
+    weights: "auto", "fast" or "int8" lay them out by kernels.for_inference()
+    (a snapshot: make a new decoder after training), "live" uses the model's
+    own as they are at each start. Keep one over several calls and it reads
+    only what is new ("live" reads all). `hidden` is the last layer's output
+    (B, T, C) for the tokens read last.
     """
 
-    def __init__(self, model: GPT2, weights: str = "fast"):
-        check(weights in ("fast", "int8", "live"), "weights", weights,
-              "'fast', 'int8' or 'live'")
+    def __init__(self, model: GPT2, weights: str = "auto"):
         self.model, self.config, self.weights = model, model.config, weights
         self.ids: list[list[int]] = []
         self.cache: KVCache | None = None
         self.hidden: Tensor | None = None
-        look_up(self)
+        self.lay_out()
 
+    def lay_out(self) -> None:
+        """Make the copy that reads, from the model as it is now."""
+        from minigpt.engine.kernels import for_inference
+        self.net = for_inference(self.model, self.weights)
+
+    def read(self, tokens: list[list[int]]) -> Tensor:
+        """The last layer's output (B, T, C) for tokens (B, T), cached."""
+        ids = torch.tensor(tokens, device=self.model.device)
+        self.hidden = self.net(ids, self.cache, head=False)
+        return self.hidden
+
+    @torch.inference_mode()
     def start(self, prompts: list[list[int]], room: int = 0) -> Tensor:
         """Logits (B, 1, V) after each prompt; `room`: tokens that will
         follow. One prompt: what it shares with the last text is kept."""
-        return start(self, prompts, room)
+        if self.weights == "live":
+            self.lay_out()
+            self.ids = []                      # old weights read them
+        longest, same = max(map(len, prompts)), 0
+        alone = len(prompts) == len(self.ids) == 1
+        if alone and self.cache.pad is None:
+            same = min(shared_prefix(self.ids[0], prompts[0]), longest - 1)
+        if same and self.cache.k.shape[3] == self.config.block_size:
+            self.cache.truncate(same)
+        else:
+            same, self.cache = 0, new_cache(self.model, prompts, room)
+        self.ids = [row[:same] for row in prompts]
+        padded = [[0] * (longest - len(row)) + row[same:] for row in prompts]
+        logits = self.net.head(self.read(padded)[:, -1:])  # (B, 1, V)
+        self.ids = [list(row) for row in prompts]
+        return logits
 
+    @torch.inference_mode()
     def feed(self, tokens: list[list[int]], rows: list[int] | None = None,
              forget: int = 0, shared: int = 0) -> Tensor:
         """Logits (B, T, V) after tokens (B, T) on top of the cache.
@@ -533,88 +437,20 @@ class Decoder:
         forget: drop so many columns first. rows: the old row that each row
         goes on from; shared: columns that are the same in all rows.
         """
-        return feed(self, tokens, rows, forget, shared)
-
-# %% ../nbs/05_generation.ipynb #lookupdecoder
-def look_up(decoder: Decoder) -> None:
-    """Find the model's parts, once for "fast" and "int8" weights."""
-    model, weights = decoder.model, decoder.weights
-    decoder.layers = [Layer.of(b, weights) for b in model.blocks]
-    decoder.ln_f = norm_function(model.ln_f)
-    decoder.head = product_function(model.wte.weight, None, weights)
-
-# %% ../nbs/05_generation.ipynb #newcache
-def new_cache(decoder: Decoder, prompts: list[list[int]],
-              room: int) -> KVCache:
-    """An empty cache for these prompts and `room` tokens behind them."""
-    model, size = decoder.model, decoder.config.block_size
-    longest = max(map(len, prompts))
-    pad = torch.tensor([longest - len(row) for row in prompts],
-                       device=model.device)
-    need = size if len(prompts) == 1 else min(longest + room, size)
-    return KVCache(decoder.config, len(prompts), need, pad=pad,
-                   device=model.device, dtype=model.dtype)
-
-# %% ../nbs/05_generation.ipynb #read
-@torch.inference_mode()
-def read(decoder: Decoder, tokens: list[list[int]]) -> Tensor:
-    """The last layer's output (B, T, C) for tokens (B, T), cached."""
-    model, config, cache = decoder.model, decoder.config, decoder.cache
-    ids = torch.tensor(tokens, device=model.device)        # (B, T)
-    B, T = ids.shape
-    mask = cache.mask(T)
-    x = (F.embedding(ids, model.wte.weight)
-         + F.embedding(cache.positions(T), model.wpe.weight))  # (B, T, C)
-    for number, layer in enumerate(decoder.layers):
-        x = read_layer(layer, x, number, cache, mask, config.n_head,
-                       config.activation)
-    cache.advance(T)
-    decoder.hidden = decoder.ln_f(x)
-    return decoder.hidden
-
-# %% ../nbs/05_generation.ipynb #start
-@torch.inference_mode()
-def start(decoder: Decoder, prompts: list[list[int]], room: int) -> Tensor:
-    """See Decoder.start."""
-    if decoder.weights == "live":
-        look_up(decoder)
-        decoder.ids = []                       # old weights read them
-    longest, size = max(map(len, prompts)), decoder.config.block_size
-    same = 0
-    alone = len(prompts) == len(decoder.ids) == 1
-    if alone and decoder.cache.pad is None:
-        same = min(shared_prefix(decoder.ids[0], prompts[0]), longest - 1)
-    if same and decoder.cache.k.shape[3] == size:
-        decoder.cache.truncate(same)
-    else:
-        same, decoder.cache = 0, new_cache(decoder, prompts, room)
-    decoder.ids = [row[:same] for row in prompts]
-    padded = [[0] * (longest - len(row)) + row[same:] for row in prompts]
-    logits = decoder.head(read(decoder, padded)[:, -1:])   # (B, 1, V)
-    decoder.ids = [list(row) for row in prompts]
-    return logits
-
-# %% ../nbs/05_generation.ipynb #feed
-@torch.inference_mode()
-def feed(decoder: Decoder, tokens: list[list[int]], rows: list[int] | None,
-         forget: int, shared: int) -> Tensor:
-    """See Decoder.feed."""
-    ids, cache = decoder.ids, decoder.cache
-    if forget:
-        cache.truncate(cache.length - forget)
-        ids = [row[:-forget] for row in ids]
-    if rows is not None:
-        follow(cache, rows, shared)
-        ids = [ids[row] for row in rows]
-    decoder.ids = ids
-    ids = [row + new for row, new in zip(ids, tokens)]
-    size = decoder.config.block_size
-    if cache.length + len(tokens[0]) > size:
-        decoder.ids = []
-        return start(decoder, [row[-(size * 3 // 4):] for row in ids], 0)
-    logits = decoder.head(read(decoder, tokens))           # (B, T, V)
-    decoder.ids = ids
-    return logits
+        if forget:
+            self.cache.truncate(self.cache.length - forget)
+            self.ids = [row[:-forget] for row in self.ids]
+        if rows is not None:
+            follow(self.cache, rows, shared)
+            self.ids = [self.ids[row] for row in rows]
+        ids = [row + new for row, new in zip(self.ids, tokens)]
+        size = self.config.block_size
+        if self.cache.length + len(tokens[0]) > size:
+            self.ids = []
+            return self.start([row[-(size * 3 // 4):] for row in ids])
+        logits = self.net.head(self.read(tokens))          # (B, T, V)
+        self.ids = ids
+        return logits
 
 # %% ../nbs/05_generation.ipynb #move
 @dataclass

@@ -256,11 +256,8 @@ def mean_states(model, rows: list[list[int]], layer: int) -> np.ndarray:
     length = torch.tensor([len(row) for row in rows])[:, None]
     real = (torch.arange(T) < length)[..., None].float()     # (B, T, 1)
     with torch.inference_mode():
-        x = model.embed(ids)                                 # (B, T, C)
-        if layer:
-            x = x + model.wpe(torch.arange(T))
-        for number, block in enumerate(model.blocks[:layer]):
-            x = block(x, None, None, number)
+        x = (model.hidden_states(ids, n_layer=layer) if layer
+             else model.embed(ids))                          # (B, T, C)
         return ((x * real).sum(1) / length).float().numpy()
 
 # %% ../nbs/09_rag.ipynb #weights-hash

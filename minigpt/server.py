@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'METRIC_KINDS', 'Count', 'Penalty', 'StopText', 'FIRST', 'Stops', 'Id', 'Ids', 'UPLOAD', 'ROUTES', 'ERRORS',
-           'STREAM', 'HOME', 'Slots', 'window', 'twice', 'step_layer', 'step_rows', 'row_decoder', 'PushedText',
-           'Token', 'Piece', 'Reply', 'Ask', 'draw_next', 'Batch', 'read_chunk', 'step_batch', 'APIError', 'Metrics',
-           'metrics_text', 'Limits', 'shutting_down', 'queue_full', 'Engine', 'next_ask', 'timed_out', 'sweep',
-           'note_first', 'engine_round', 'fail_all', 'work', 'Body', 'StreamOptions', 'Drawing', 'Completion',
-           'TextPart', 'Message', 'TextFormat', 'Chat', 'blame', 'shown', 'Service', 'options_of', 'encode',
-           'completion_prompts', 'chat_prompt', 'room_for', 'make_asks', 'token_view', 'ChatForm', 'TextForm',
-           'one_choice', 'usage', 'envelope', 'whole_body', 'mailbox', 'news', 'Gone', 'unless_gone', 'event', 'events',
-           'EventStream', 'chained', 'exhaust', 'respond', 'as_api_error', 'bad_body', 'error_response', 'Guard',
-           'check_length', 'too_large', 'bounded', 'metered', 'Counted', 'Error', 'ErrorBody', 'add_routes',
-           'add_info_routes', 'add_page', 'named', 'alive', 'create_app', 'Server', 'make_server', 'running', 'serve']
+           'STREAM', 'HOME', 'Slots', 'row_model', 'step_rows', 'PushedText', 'Token', 'Piece', 'Reply', 'Ask',
+           'draw_next', 'Batch', 'read_chunk', 'step_batch', 'APIError', 'Metrics', 'metrics_text', 'Limits',
+           'shutting_down', 'queue_full', 'Engine', 'next_ask', 'timed_out', 'sweep', 'note_first', 'engine_round',
+           'fail_all', 'work', 'Body', 'StreamOptions', 'Drawing', 'Completion', 'TextPart', 'Message', 'TextFormat',
+           'Chat', 'blame', 'shown', 'Service', 'options_of', 'encode', 'completion_prompts', 'chat_prompt', 'room_for',
+           'make_asks', 'token_view', 'ChatForm', 'TextForm', 'one_choice', 'usage', 'envelope', 'whole_body',
+           'mailbox', 'news', 'Gone', 'unless_gone', 'event', 'events', 'EventStream', 'chained', 'exhaust', 'respond',
+           'as_api_error', 'bad_body', 'error_response', 'Guard', 'check_length', 'too_large', 'bounded', 'metered',
+           'Counted', 'Error', 'ErrorBody', 'add_routes', 'add_info_routes', 'add_page', 'named', 'alive', 'create_app',
+           'Server', 'make_server', 'running', 'serve']
 
 # %% ../nbs/11_server.ipynb #imports
 import asyncio
@@ -28,13 +28,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -48,27 +47,28 @@ from starlette.formparsers import MultiPartException
 from torch import Tensor
 
 from . import __version__
-from .attention import attention
+from .attention import set_attn_implementation
 from .bpe import BPETokenizer
 from .data import ChatRenderer
 from .engine.hub import load_pair
-from .generation import (Decoder, Generation, Options,
-                                RepetitionPenalty, Sample, TextStream,
-                                as_prompts, check, read)
-from .gpt2 import GPT2, GPT2Config, KVCache, gelu
+from .engine.kernels import for_inference, shallow_copy
+from .generation import (Generation, Options, RepetitionPenalty,
+                                Sample, TextStream, as_prompts, check)
+from .gpt2 import GPT2, GPT2Config, KVCache
 from .lora import adapted
 
 # %% ../nbs/11_server.ipynb #slots
-class Slots(KVCache):
+class Slots:
     """A cache whose rows begin and end when they like.
 
-    Row i holds its text in columns 0 to lengths[i] - 1; rows 0 to
-    len(lengths) - 1 are in use. One token a row is read at a time.
+    Keys and values k, v (L, B, H, S, D); row i holds its text in columns 0 to
+    lengths[i] - 1; rows 0 to len(lengths) - 1 are in use. A model reads one
+    token a row at a time.
     """
 
     def __init__(self, config: GPT2Config, rows: int, **kwargs):
-        super().__init__(config, rows, **kwargs)
-        self.k.zero_(), self.v.zero_()         # no NaN where nobody wrote
+        room = KVCache(config, rows, **kwargs)
+        self.k, self.v = room.k.zero_(), room.v.zero_()  # no NaN
         self.lengths: list[int] = []
 
     def join(self, cache: KVCache) -> None:
@@ -87,69 +87,64 @@ class Slots(KVCache):
             self.v[:, row, :, :n] = self.v[:, last, :, :n]
             self.lengths[row] = n
 
-# %% ../nbs/11_server.ipynb #window
-def window(slots: Slots) -> tuple[Tensor, Tensor]:
-    """Positions (B, 1) of the next token of each row, and which columns it
-    may see, bool (B, 1, 1, S).
+    @property
+    def rows(self) -> int:
+        """How many rows of ids it takes: a single text comes twice."""
+        return max(2, len(self.lengths))
 
-    S: the columns of the longest text and its next token, rounded up to a
-    multiple of 16, but not beyond the cache.
-    """
-    positions = torch.tensor(slots.lengths, device=slots.k.device)[:, None]
-    longest = max(slots.lengths) + 1
-    S = min(-(-longest // 16) * 16, slots.k.shape[3])
-    columns = torch.arange(S, device=slots.k.device)       # (S,)
-    mask = columns <= positions                            # (B, S)
-    return positions, mask[:, None, None]
+    @property
+    def length(self) -> int:
+        """The columns of the longest text."""
+        return max(self.lengths)
 
-# %% ../nbs/11_server.ipynb #twice
-def twice(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """product(x) for x (B, 1, C); a single row is computed as two."""
-    if len(x) > 1:
-        return product(x)
-    return product(x.expand(2, -1, -1))[:1]
+    @property
+    def window(self) -> int:
+        """The columns that are looked at: those of the longest text and its
+        next token, rounded up to a multiple of 16, but not beyond the end."""
+        return min(-(-(self.length + 1) // 16) * 16, self.k.shape[3])
 
-# %% ../nbs/11_server.ipynb #steplayer
-def step_layer(layer, x: Tensor, number: int, slots: Slots,
-               positions: Tensor, mask: Tensor, activation: str) -> Tensor:
-    """What block `number` makes of one token a row, x (B, 1, C)."""
-    B, H, D = len(x), slots.k.shape[2], slots.k.shape[4]
-    qkv = twice(layer.c_attn, layer.ln_1(x)).view(B, 3, H, 1, D)
-    q, k, v = qkv.unbind(1)                                # (B, H, 1, D)
-    rows, S = torch.arange(B, device=x.device), mask.shape[-1]
-    slots.k[number, rows, :, positions[:, 0]] = k[:, :, 0]
-    slots.v[number, rows, :, positions[:, 0]] = v[:, :, 0]
-    y, _ = attention(q, slots.k[number, :B, :, :S],
-                     slots.v[number, :B, :, :S], mask)     # (B, H, 1, D)
-    x = x + twice(layer.attn_proj, y.reshape(B, 1, H * D))
-    h = gelu(twice(layer.c_fc, layer.ln_2(x)), activation)
-    return x + twice(layer.mlp_proj, h)
+    def positions(self, T: int) -> Tensor:
+        """Positions (B, 1) of the next token of each text."""
+        check(T == 1, "T", T, "1: one token a row")
+        self.columns = torch.tensor(self.lengths, device=self.k.device)
+        return self.columns[:, None]
+
+    def mask(self, T: int) -> Tensor:
+        """Which columns the next token of each text may see, (B, 1, 1, S)."""
+        columns = torch.arange(self.window, device=self.k.device)
+        return (columns <= self.positions(T))[:, None, None]
+
+    def append(self, layer_idx: int, k: Tensor, v: Tensor
+               ) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, 1, D) at the end of each text; the window."""
+        B, S, found = len(self.lengths), self.window, []
+        rows = torch.arange(B, device=k.device)
+        for cache, new in ((self.k, k), (self.v, v)):
+            cache[layer_idx, rows, :, self.columns] = new[:B, :, 0]
+            found.append(cache[layer_idx, :B, :, :S])      # (B, H, S, D)
+        return tuple(found)
+
+    def advance(self, T: int) -> None:
+        """Count the token that all layers have written by now."""
+        self.lengths = [n + T for n in self.lengths]
 
 # %% ../nbs/11_server.ipynb #steprows
-@torch.inference_mode()
-def step_rows(decoder: Decoder, slots: Slots, tokens: list[int]) -> Tensor:
-    """Logits (B, V) after one more token for each row of the slots."""
-    model = decoder.model
-    ids = torch.tensor(tokens, device=model.device)[:, None]
-    positions, mask = window(slots)
-    x = (F.embedding(ids, model.wte.weight)
-         + F.embedding(positions, model.wpe.weight))       # (B, 1, C)
-    for number, layer in enumerate(decoder.layers):
-        x = step_layer(layer, x, number, slots, positions, mask,
-                       decoder.config.activation)
-    slots.lengths = [n + 1 for n in slots.lengths]
-    return twice(decoder.head, decoder.ln_f(x))[:, 0]      # (B, V)
+def row_model(model: nn.Module) -> nn.Module:
+    """A copy of a model for step_rows(), with plain attention."""
+    twin = shallow_copy(model)
+    set_attn_implementation(twin, "eager")
+    return twin
 
-# %% ../nbs/11_server.ipynb #rowdecoder
-def row_decoder(model: GPT2) -> Decoder:
-    """A decoder that has laid out its weights for few rows, where it does
-    so at all (with oneDNN)."""
-    decoder = Decoder(model)
-    slots = Slots(model.config, 1, max_length=16, device=model.device,
-                  dtype=model.dtype)
-    slots.lengths = [0]
-    step_rows(decoder, slots, [0])             # makes the layouts, once
-    return decoder
+# %% ../nbs/11_server.ipynb #steprows2
+@torch.inference_mode()
+def step_rows(model: nn.Module,  # a row_model()
+              slots: Slots,  # with a text in each row
+              tokens: list[int],  # B of them, one more for each row
+              ) -> Tensor:  # logits (B, V)
+    """Let a model read the next token of each row."""
+    ids = torch.tensor(tokens, device=model.device)[:, None]
+    ids = ids.expand(slots.rows, 1)            # a single row twice
+    return model(ids, slots)[:len(tokens), 0]
 
 # %% ../nbs/11_server.ipynb #pushed
 class PushedText(TextStream):
@@ -279,11 +274,11 @@ class Batch:
 
     def __init__(self, model: GPT2, max_batch: int = 8, chunk: int = 256):
         kind = dict(device=model.device, dtype=model.dtype)
-        self.decoder, self.chunk = row_decoder(model), chunk
+        self.reader = for_inference(model)     # of prompts, one at a time
+        self.cache = KVCache(model.config, 1, **kind)
+        self.stepper = row_model(self.reader)  # of all rows together
         self.slots = Slots(model.config, max_batch, **kind)
-        self.reader = copy(self.decoder)       # the same weights
-        self.reader.cache = KVCache(model.config, 1, **kind)
-        self.max_batch = max_batch
+        self.max_batch, self.chunk = max_batch, chunk
         self.rows: list[tuple[Ask, int]] = []  # (ask, number of its answer)
 
     def read(self, ask: Ask) -> int:
@@ -312,15 +307,14 @@ class Batch:
 def read_chunk(batch: Batch, ask: Ask) -> int:
     """See Batch.read. At the prompt's end its answers become rows."""
     part = ask.ids[ask.read:ask.read + batch.chunk]
-    reader = batch.reader
-    reader.cache.truncate(ask.read)
-    hidden = read(reader, [part])[:, -1:]                  # (1, 1, C)
+    ids = torch.tensor([part], device=batch.reader.device)
+    batch.cache.truncate(ask.read)
+    logits = batch.reader(ids, batch.cache, last_only=True)[0, 0]  # (V,)
     ask.read += len(part)
     if ask.read == len(ask.ids):
-        logits = twice(reader.head, hidden)[0, 0]          # (V,)
         for number in range(len(ask.answers)):
             if draw_next(ask, number, logits):
-                batch.slots.join(reader.cache)
+                batch.slots.join(batch.cache)
                 batch.rows.append((ask, number))
     return len(part)
 
@@ -330,7 +324,7 @@ def step_batch(batch: Batch) -> None:
     if not batch.rows:
         return
     tokens = [ask.answers[number].next for ask, number in batch.rows]
-    logits = step_rows(batch.decoder, batch.slots, tokens)  # (B, V)
+    logits = step_rows(batch.stepper, batch.slots, tokens)  # (B, V)
     for row in reversed(range(len(batch.rows))):
         ask, number = batch.rows[row]
         if not draw_next(ask, number, logits[row]):

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'ALLOWED', 'POSITIVE', 'PEAK_TFLOPS', 'MAY_CHANGE', 'MACHINES', 'KIND', 'KINDS', 'RECIPE', 'TrainConfig',
-           'fits', 'check_training', 'learning_rate', 'make_optimizer', 'RowsLoss', 'summed_loss', 'Ranks',
-           'join_ranks', 'distribute', 'sync_gradients', 'seed_step', 'Stepper', 'is_out_of_memory', 'out_of_memory',
-           'TokenArray', 'Phase', 'Batches', 'window_sums', 'evaluating', 'held_out_loss', 'flops_per_token',
-           'peak_flops', 'whole', 'model_tensors', 'optimizer_tensors', 'load_tensors', 'file_check', 'write_folder',
-           'saved_state', 'Checkpoints', 'Stopper', 'Run', 'run_settings', 'save_run', 'resume_run', 'evaluate_run',
-           'check_tokens', 'check_run', 'largest_batch', 'check_memory', 'TrainResult', 'guarded', 'report_row',
-           'read_meter', 'run_loop', 'run_lock', 'train', 'Machine', 'machine_here', 'meta_model', 'measure_speed',
-           'short_batch', 'Plan', 'plan', 'StreamSampler', 'find_recipe', 'toml_reader', 'check_names', 'load_recipe',
-           'find_data', 'file_sums', 'is_current', 'split_rows', 'recipe_rows', 'recipe_tokens', 'new_model',
-           'recipe_tokenizer', 'recipe_stream', 'recipe_phases', 'whole_model', 'run_recipe']
+           'fits', 'check_training', 'learning_rate', 'make_optimizer', 'summed_loss', 'Ranks', 'join_ranks',
+           'distribute', 'sync_gradients', 'seed_step', 'Stepper', 'is_out_of_memory', 'out_of_memory', 'TokenArray',
+           'Phase', 'Batches', 'window_sums', 'evaluating', 'held_out_loss', 'flops_per_token', 'peak_flops', 'whole',
+           'model_tensors', 'optimizer_tensors', 'load_tensors', 'file_check', 'write_folder', 'saved_state',
+           'Checkpoints', 'Stopper', 'Run', 'run_settings', 'save_run', 'resume_run', 'evaluate_run', 'check_tokens',
+           'check_run', 'largest_batch', 'check_memory', 'TrainResult', 'guarded', 'report_row', 'read_meter',
+           'run_loop', 'run_lock', 'train', 'Machine', 'machine_here', 'meta_model', 'measure_speed', 'short_batch',
+           'Plan', 'plan', 'StreamSampler', 'find_recipe', 'toml_reader', 'check_names', 'load_recipe', 'find_data',
+           'file_sums', 'is_current', 'split_rows', 'recipe_rows', 'recipe_tokens', 'new_model', 'recipe_tokenizer',
+           'recipe_stream', 'recipe_phases', 'whole_model', 'run_recipe']
 
 # %% ../nbs/04_training.ipynb #imports
 import atexit
@@ -43,7 +43,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attention import first_order
 from .bpe import BPETokenizer
 from .data import (ROW_FILES, TEXT_FILES, TokenFile, Windows,
                           WindowSampler, find_files, load_chats, load_hub,
@@ -186,42 +185,6 @@ def make_optimizer(model: nn.Module, config: TrainConfig
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas,
                              fused=fused)
 
-# %% ../nbs/04_training.ipynb #rows-loss
-class RowsLoss(torch.autograd.Function):
-    """Cross-entropy summed, a few rows of the logits at a time, for a CPU.
-
-    apply(logits (N, V), targets (N,), scale) gives a scalar, times scale; a
-    target of -100 does not count. In training the gradient is made on the
-    way forward and written over the logits, which are used up.
-    """
-    PIECE = 2**18  # logits at a time
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor,
-                scale: float | Tensor = 1.0) -> Tensor:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        size = max(1, RowsLoss.PIECE // logits.shape[1])
-        grad = logits.detach() if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=dtype)
-        for i in range(0, len(logits), size):
-            right = targets[i:i + size, None]              # (rows, 1)
-            weight = (right != -100).to(dtype) * scale
-            right = right.where(right != -100, 0)
-            logp = logits[i:i + size].log_softmax(-1, dtype=dtype)
-            total -= (logp.gather(1, right) * weight).sum()
-            if grad is not None:
-                minus = torch.full_like(right, -1, dtype=dtype)
-                p = logp.exp_().scatter_add_(1, right, minus)
-                grad[i:i + size] = p.mul_(weight)          # (rows, V)
-        ctx.save_for_backward(grad)
-        return total
-
-    @staticmethod
-    @first_order
-    def backward(ctx, above: Tensor) -> tuple[Tensor, None, None]:
-        grad, = ctx.saved_tensors
-        return grad if above == 1 else grad.mul_(above), None, None
-
 # %% ../nbs/04_training.ipynb #summed-loss
 def summed_loss(model: nn.Module, ids: Tensor, targets: Tensor,
                 dtype: torch.dtype = torch.float32,
@@ -234,9 +197,6 @@ def summed_loss(model: nn.Module, ids: Tensor, targets: Tensor,
     device = ids.device.type
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         logits = model(ids).flatten(0, 1)                   # (B * T, V)
-        if device == "cpu" and logits.dtype != torch.float16 \
-                and not torch.compiler.is_compiling():
-            return RowsLoss.apply(logits, targets.flatten(), scale)
         return scale * F.cross_entropy(logits, targets.flatten(),
                                        ignore_index=-100, reduction="sum")
 
@@ -339,7 +299,7 @@ class Stepper:
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig,
-                 ranks: Ranks = Ranks(), loss: Callable = summed_loss):
+                 ranks: Ranks = Ranks(), loss: Callable | None = None):
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.dtype = pick_dtype(ranks.device, config.dtype, training=True)
         self.model = distribute(model.to(ranks.device), config, ranks,
@@ -347,10 +307,12 @@ class Stepper:
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(
             ranks.device.type, enabled=self.dtype == torch.float16)
-        self.loss = self.plain_loss = loss
+        from minigpt.engine.kernels import use_kernels
+        faster = None if config.compile else use_kernels(model, self.dtype)
+        self.loss = self.plain_loss = loss or faster or summed_loss
         self.untried = config.compile
         if config.compile:
-            self.loss = torch.compile(loss)
+            self.loss = torch.compile(self.loss)
 
     def put(self, array: np.ndarray) -> Tensor:
         """A host array on the device, without waiting for the copy."""
@@ -1119,7 +1081,7 @@ def train(model: GPT2, data: Any, config: TrainConfig = TrainConfig(), *,
           held: Any = None, out: str | Path | None = None,
           resume: bool | str = False, tokenizer: BPETokenizer | None = None,
           callbacks: Iterable[Callable] = (), progress: bool = True,
-          loss: Callable = summed_loss) -> TrainResult:
+          loss: Callable | None = None) -> TrainResult:
     """Train a model, in place.
 
     data: tokens (see Phase), or a list of phases. held: tokens to measure
@@ -1128,7 +1090,7 @@ def train(model: GPT2, data: Any, config: TrainConfig = TrainConfig(), *,
     resume: go on from the newest checkpoint in `out`; "force" accepts
       other settings. tokenizer: must be the one of the token files.
     callbacks: called with (row of the log, model) at each row.
-    loss: called as summed_loss is; what is minimised.
+    loss: called as summed_loss is, in its place; what is minimised.
     Raises ValueError, before any work, for what can't work, MemoryError
     for a batch that doesn't fit, FloatingPointError for a loss that is no
     number; the checkpoints written before stay.

@@ -687,7 +687,7 @@ def test_siblings_share_weights_and_nothing_else(small, adapters, notes):
     first.reply("My secret is tulip.")
     other = first.sibling()
     assert other.model is first.model and other.documents is first.documents and other.adapter == first.adapter
-    assert other._decoder.layers is first._decoder.layers and other._decoder.cache is None
+    assert other._decoder.net is first._decoder.net and other._decoder.cache is None
     assert other.messages == [{"role": "system", "content": "Be kind."}] and other.last is None
     other.adapter, other.documents, other.temperature = None, None, 0
     assert first.adapter and first.documents and first.temperature == 0.7

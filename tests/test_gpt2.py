@@ -14,10 +14,10 @@ import torch.nn.functional as F
 
 from exercise_cells import exercises, said
 from minigpt import gpt2
-from minigpt.attention import attention
+from minigpt.attention import attention, sdpa_attention
 from minigpt.bpe import BPETokenizer
-from minigpt.gpt2 import (ASSETS, GPT2, HUB_NAMES, PRESETS, Block, GPT2Config, KVCache, TanhGELU, dequantize_rows,
-                          find_model, gelu, init_weights, logit_lens, plot_lens, quantize_rows, save_int8,
+from minigpt.gpt2 import (ASSETS, GPT2, HUB_NAMES, PRESETS, Block, GPT2Config, KVCache, dequantize_rows,
+                          find_model, init_weights, logit_lens, plot_lens, quantize_rows, save_int8,
                           trace, trace_names)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,35 +82,6 @@ def test_variants_are_refused(change):
 
 # ------------------------------------------------------------------ parts
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 4e-6), (torch.float64, 1e-12), (torch.bfloat16, 2 ** -5),
-                                          (torch.float16, 2 ** -7)])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_tanh_gelu_and_its_slope(dtype, bound, threads, ledger):
-    """Against torch's in float64; the bounds of the 16-bit types are one unit of their last digit at 9."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        x = torch.linspace(-9, 9, TanhGELU.PIECE * 2 + 77).to(dtype).requires_grad_()
-        y, slope = gelu(x), torch.autograd.grad(gelu(x).sum(), x)[0]
-    finally:
-        torch.set_num_threads(before)
-    wide = x.detach().double().requires_grad_()
-    right = F.gelu(wide, approximate="tanh")
-    right_slope, = torch.autograd.grad(right.sum(), wide)
-    assert y.dtype == slope.dtype == dtype
-    for name, mine, exact in (("value", y, right), ("slope", slope, right_slope)):
-        off = (mine.double() - exact.to(dtype).double()).abs().max().item()
-        ledger(f"GELU by sigmoid, {name}, {dtype}", off, peer="torch", bound=bound)
-        assert off <= bound
-
-
-def test_second_derivative_is_refused_not_wrong():
-    x = torch.randn(TanhGELU.PIECE, requires_grad=True)
-    for loss in (gelu(x).square().sum(), gelu(x).sum()):     # of the second, torch's once_differentiable makes zeros
-        with pytest.raises(RuntimeError, match="TanhGELU has no gradients of gradients"):
-            torch.autograd.grad(loss, x, create_graph=True)
-
-
 def test_block_equals_torchs_encoder_layer(ledger):
     torch.manual_seed(0)
     config = GPT2Config.preset("nano")
@@ -129,14 +100,12 @@ def test_block_equals_torchs_encoder_layer(ledger):
 
 
 def test_tied_table_gets_both_gradients():
-    """The look-up's sparse gradient plus the head's, against a model whose two tables are apart."""
+    """The look-up's gradient plus the head's, against a model whose two tables are apart."""
     torch.manual_seed(0)
     model = GPT2(TINY).train()
     ids = ids_of()
     F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
     both = model.wte.weight.grad
-    assert not both.is_sparse
-    model.eval()                               # dense look-up
     hidden = {}
     model.ln_f.register_forward_hook(lambda m, a, out: hidden.update(out=out))
     logits = model(ids)
@@ -522,21 +491,25 @@ def test_every_name_is_traced_and_true(tiny):
 
 
 def test_tracing_leaves_no_trace(tiny):
-    told = []
-    tiny.blocks[1].attn.tap = lambda name, tensor: told.append(name)  # somebody else's
-    mine = tiny.blocks[1].attn.tap
+    calls = []
+
+    def mine(q, k, v, mask=None):                                        # somebody else's
+        calls.append(tuple(q.shape))
+        return sdpa_attention(q, k, v, mask)
+    tiny.blocks[1].attn.attend = mine
     trace(tiny, ids_of(), ["blocks.1.attn.q", "blocks.1.attn.z", "ln_f"])
-    assert told == ["q", "k", "v", "pattern", "z"] and tiny.blocks[1].attn.tap is mine
+    assert calls == [(2, 2, 10, 4)] and tiny.blocks[1].attn.attend is mine
     with pytest.raises(ValueError, match="id 99"):
         trace(tiny, torch.tensor([[99]]))
     for module in tiny.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
-        assert getattr(module, "tap", None) in (None, mine)
+        assert getattr(module, "attend", mine) in (sdpa_attention, mine)
 
 
-def test_trace_without_taps_is_the_ordinary_pass(tiny):
+def test_a_traced_pass_is_the_ordinary_pass(tiny):
     with torch.no_grad():
-        assert torch.equal(tiny.trace(ids_of(), ["*.resid_post", "logits"])["logits"], tiny(ids_of()))
+        for names in (["*.resid_post", "logits"], "*"):
+            assert torch.equal(tiny.trace(ids_of(), names)["logits"], tiny(ids_of()))
 
 
 @pytest.mark.parametrize("pattern", ["blocks.9.ln_1", "blocks.0.attn.patern", "", "*.nothing"])

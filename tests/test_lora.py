@@ -18,7 +18,7 @@ from minigpt.chat import ChatSession
 from minigpt.generation import Decoder, generate
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.lora import (NF4, LoraConfig, LoraLinear, NF4Linear, adapted, apply_lora, linear_layers, load_adapter, lora_layers,
-                          lora_loss, merge_lora, quantize_model, quantize_nf4, save_adapter, set_adapter, trainable_report,
+                          merge_lora, quantize_model, quantize_nf4, save_adapter, set_adapter, trainable_report,
                           unmerge_lora)
 from minigpt.training import TrainConfig, summed_loss, train
 
@@ -126,40 +126,9 @@ def test_a_frozen_layer_keeps_only_its_input():
 
 # ------------------------------------------------------------------ the loss
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_frozen_head_loss(masked, ledger, monkeypatch):
-    monkeypatch.setattr(lora.FrozenHead, "PIECE", 300 * 7)  # several pieces, the last one short
-    model = shaken(apply_lora(new_model(), LoraConfig(2, 4)))
-    targets = torch.roll(IDS, -1, 1)
-    if masked:
-        targets[0, :9] = -100
-    double = copy.deepcopy(model).double()
-    logits = double(IDS).flatten(0, 1)
-    want = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
-    want.backward()
-    loss = lora_loss(model, IDS, targets)
-    (loss / 3).backward()
-    assert abs(loss.item() - want.item()) < 1e-5 * want.item()
-    worst = 0.0
-    for ours, theirs in zip(model.parameters(), double.parameters()):
-        if ours.requires_grad:
-            worst = max(worst, (far(3 * ours.grad, theirs.grad) / theirs.grad.abs().max()).item())
-    assert worst < 2e-5
-    ledger("loss of a frozen head in pieces = cross-entropy in float64 (gradients, relative)", worst, bound=2e-5)
-
-
-def test_frozen_head_in_bf16_and_with_a_trained_head():
-    model = shaken(apply_lora(new_model(), LoraConfig(2, 4))).train()
-    a, b = lora_loss(model, IDS, IDS, torch.bfloat16), summed_loss(model, IDS, IDS, torch.bfloat16)
-    assert abs(a - b) < 2e-3 * b
-    model.wte.weight.requires_grad_()
-    lora_loss(model, IDS, IDS).backward()
-    assert model.wte.weight.grad is not None  # not frozen: the ordinary loss
-
-
 def test_nothing_counted_gives_zero():
     model = apply_lora(new_model(), LoraConfig(2, 4))
-    loss = lora_loss(model, IDS, torch.full_like(IDS, -100))
+    loss = summed_loss(model, IDS, torch.full_like(IDS, -100))
     loss.backward()
     assert loss.item() == 0
 
@@ -233,10 +202,10 @@ def test_loop_trains_only_the_adapter_and_resumes_bit_for_bit(tmp_path):
         return apply_lora(new_model(), LoraConfig(2, 4, lora_dropout=0.1))
 
     whole = start()
-    train(whole, data, config, out=tmp_path / "whole", progress=False, loss=lora_loss)
+    train(whole, data, config, out=tmp_path / "whole", progress=False)
     shutil.rmtree(tmp_path / "whole" / "step-00000004")  # as if it had stopped after step 2
     resumed = start()
-    train(resumed, data, config, out=tmp_path / "whole", progress=False, loss=lora_loss, resume=True)
+    train(resumed, data, config, out=tmp_path / "whole", progress=False, resume=True)
     moved = 0
     plain = dict(new_model().named_parameters())
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters()):
@@ -565,7 +534,7 @@ def test_qlora_equals_lora_on_the_unpacked_model():
         data = IDS.flatten().repeat(20).numpy()
         config = TrainConfig(max_steps=6, batch_size=2, block_size=24, lr=3e-3, warmup_steps=1, eval_every=0, save_every=0,
                              log_every=1, device="cpu")
-        result = train(model, data, config, progress=False, loss=lora_loss)
+        result = train(model, data, config, progress=False)
         losses.append([row["loss"] for row in result.history])
     assert np.allclose(losses[0], losses[1], atol=1e-4)
     for a, b in zip(lora_layers(four).values(), lora_layers(plain).values()):

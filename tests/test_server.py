@@ -19,9 +19,10 @@ import minigpt.server
 from minigpt.bpe import BPETokenizer
 from minigpt.data import ChatRenderer
 from minigpt.engine.hub import load_pair
-from minigpt.generation import Decoder, Options, RepetitionPenalty, TextStream, generate, read
+from minigpt.engine.kernels import for_inference
+from minigpt.generation import Decoder, Options, RepetitionPenalty, TextStream, generate
 from minigpt.gpt2 import GPT2, GPT2Config, KVCache
-from minigpt.server import (Ask, Batch, Engine, Limits, Reply, Slots, create_app, row_decoder, running,
+from minigpt.server import (Ask, Batch, Engine, Limits, Reply, Slots, create_app, row_model, running,
                             step_rows)
 
 TALKS = ["What is a whale?", "Tell me a joke.", "Hi", "What is 7 plus 5?", "Why is the sky blue?",
@@ -93,7 +94,8 @@ def test_slots_are_rows_of_unequal_length():
 def test_a_row_does_not_feel_its_neighbours(pair, ledger):
     """The logits of a row, whoever sits beside it, are the same bits on the machines we know; close on all."""
     model, _ = pair
-    decoder = row_decoder(model)
+    reader = for_inference(model)
+    stepper = row_model(reader)
     prompts = [ids_of(pair, text) for text in TALKS]
 
     def steps(chosen, count=6):
@@ -101,11 +103,10 @@ def test_a_row_does_not_feel_its_neighbours(pair, ledger):
         for i in chosen:
             one = KVCache(model.config, 1)
             with torch.inference_mode():
-                decoder.cache = one
-                read(decoder, [prompts[i]])
+                reader(torch.tensor([prompts[i]]), one)
             slots.join(one)
         for step in range(count):
-            found.append(step_rows(decoder, slots, [100 + 7 * i + step for i in chosen]))
+            found.append(step_rows(stepper, slots, [100 + 7 * i + step for i in chosen]))
         return torch.stack(found, 1)                                             # (B, steps, V)
 
     together, worst = steps(range(8)), 0.0

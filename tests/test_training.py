@@ -130,40 +130,6 @@ def test_accumulated_gradients_are_one_big_batch(micro_batch, ledger):
     assert torch.isfinite(parts).all() and apart < 1e-6
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2 ** -7)])
-@pytest.mark.parametrize("piece", [1, 700, 2 ** 18])
-def test_loss_in_rows_is_cross_entropy(dtype, bound, piece, monkeypatch, ledger):
-    monkeypatch.setattr(t.RowsLoss, "PIECE", piece)
-    generator = torch.Generator().manual_seed(0)
-    logits = (4 * torch.randn(40, 300, generator=generator)).to(dtype).requires_grad_()
-    targets = torch.randint(300, (40,), generator=generator)
-    targets[::3] = -100
-    ours = t.RowsLoss.apply(logits.clone(), targets)            # a copy, for it writes over what it gets
-    peer = F.cross_entropy(logits.double(), targets, reduction="sum")
-    one, two = (torch.autograd.grad(loss / 7, logits)[0].double() for loss in (ours, peer))
-    scaled = t.RowsLoss.apply(logits.clone(), targets, 1 / 7)
-    assert abs(7 * scaled.item() / peer.item() - 1) < bound
-    assert (torch.autograd.grad(scaled, logits)[0].double() - two).abs().max() < bound
-    assert ours.dtype == torch.promote_types(dtype, torch.float32) and (one[::3] == 0).all()
-    apart = max((one - two).abs().max().item(), abs(ours.item() / peer.item() - 1))
-    ledger(f"loss and gradient in rows = cross_entropy, {str(dtype)[6:]}", apart, peer="torch", bound=bound)
-    assert apart < bound
-    with torch.no_grad():
-        assert t.RowsLoss.apply(logits, targets) == ours
-    assert t.RowsLoss.apply(logits, torch.full_like(targets, -100)) == 0
-
-
-def test_loss_in_rows_refuses_what_would_be_wrong():
-    logits = torch.randn(4, 10, requires_grad=True)
-    for bad in (10, -5):
-        with pytest.raises((IndexError, RuntimeError), match="out of"):
-            t.RowsLoss.apply(logits, torch.tensor([0, 1, 2, bad]))
-    loss = t.RowsLoss.apply(logits.clone(), torch.tensor([0, 1, 2, 3])) / 2
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="in-?place"):                # not silently with a gradient scaled twice
-        loss.backward()
-
-
 def test_step_is_torchs_own(ledger):
     """Clip, decay groups and update against a loop written with torch's parts, not fused."""
     ids = np.random.default_rng(2).integers(0, 300, (4, 33))

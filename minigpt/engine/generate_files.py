@@ -254,7 +254,7 @@ def generate_rows(model, tokenizer, prompts: Sequence[str],
     rows = _encode_prompts(prompts, tokenizer, chat)
     fit(rows, options, model.config.block_size)
     drawn = _draw_texts(
-        Decoder(model, "int8" if int8 else "fast"), rows, options,
+        Decoder(model, "int8" if int8 else "auto"), rows, options,
         beams=beams, num_return=num_return, batch_size=batch_size,
         penalty_alpha=penalty_alpha, guesses=guesses,
         draft=_make_draft(draft, options, tokenizer, model.device))
