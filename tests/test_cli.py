@@ -3,6 +3,7 @@ import inspect
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from command_line import minigpt as in_process
 from command_line import one_line
 
 import minigpt
-from minigpt.engine import cli, serving, terminal
+from minigpt.engine import cli, terminal
 from minigpt.bpe import BPETokenizer
 from minigpt.chat import ChatSession
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -112,7 +113,21 @@ BAD = [
     (["chat", ""], "the message '' is empty"),
     (["chat", "  "], "is empty"),
     (["chat", "caf\udce9"], "half a character"),
-    (["chat", "Hi", "--system", "caf\udce9"], "half a character"),
+    (["chat", "Hi", "--system", "caf\udce9"], "the system text holds '\\udce9', half a character"),
+    (["chat", "Hi", "--system", "word " * 1200], "the system text needs 1211 tokens"),
+    (["chat", "Hi", "--model", ""], "'--model': it is empty"),
+    (["chat", "Hi", "--docs", ""], "'--docs': it is empty"),
+    (["train", "--text", ""], "'--text': it is empty"),
+    (["export", ""], "it is empty"),
+    (["plan", "--batch", "0"], "--batch"),
+    (["plan", "--block-size", "0"], "--block-size"),
+    (["plan", "--tokens", "nan"], "'--tokens': nan is no number"),
+    (["plan", "--tokens", "-5"], "'--tokens': -5 must be over 0"),
+    (["plan", "--price", "-3"], "'--price': -3 must be 0 or more"),
+    (["generate", "Hi", "--length-penalty", "nan"], "'--length-penalty': nan is no number"),
+    (["finetune", "gpt2", "--epochs", "0"], "'--epochs': 0 must be over 0"),
+    (["finetune", "gpt2", "--limit", "0"], "--limit"),
+    (["ui", "--host", "not.a.host.invalid"], "not.a.host.invalid"),
     (["chat", "Hi", "--adapter", "no-such-adapter"], "'no-such-adapter'"),
     (["chat", "Hi", "--docs", "no-such-docs"], "no-such-docs"),
     (["ui", "--adapter", "no-such-adapter"], "'no-such-adapter'"),
@@ -173,6 +188,28 @@ def test_broken_model_folders_are_one_line_and_code_2(how, small_folder, tmp_pat
     assert names in one_line("chat", "Hi", "--model", folder)
 
 
+def test_a_bug_shows_its_traceback(small_folder, monkeypatch):
+    """What torch raises is not meant for the user, whatever its kind."""
+    monkeypatch.setattr(ChatSession, "reply", None)
+    monkeypatch.setattr(ChatSession, "stream", lambda *_: torch.distributions.Normal(torch.tensor(float("nan")), 1.0))
+    with pytest.raises(ValueError, match="parameter loc"):
+        in_process("chat", "Hi", "--model", small_folder)
+
+
+def test_a_bug_of_a_process_ends_with_1():
+    code = ("import sys, minigpt.chat; from minigpt.engine.cli import main\n"
+            "minigpt.chat.check_text = lambda text: text.nothing\nsys.argv = ['minigpt', 'chat', 'Hi']\nmain()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment())
+    assert done.returncode == 1 and b"Traceback" in done.stderr and b"AttributeError" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes standard input")
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_closed_standard_input_is_an_empty_prompt(command):
+    done = subprocess.run(["sh", "-c", f"'{sys.executable}' -m minigpt {command} <&-"], capture_output=True, env=environment())
+    assert done.returncode == 2 and b"is empty" in done.stderr and done.stderr.count(b"\n") == 1
+
+
 def test_debug_shows_where_it_came_from():
     done = run("chat", "Hi", "--top-p", "7", MINIGPT_DEBUG="1")
     assert done.returncode != 0 and b"Traceback" in done.stderr and b"top_p=7" in done.stderr
@@ -183,6 +220,115 @@ def test_options_repeat_the_sessions_defaults():
     for name, parameter in inspect.signature(cli._chat).parameters.items():
         if name != "prompt":
             assert parameter.default == session[name].default, name
+
+
+# ------------------------------------------------------------------ files that are read and written
+
+@pytest.fixture
+def talks(tmp_path) -> Path:
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(f'{{"messages": [{{"role": "user", "content": "Is {i} a number?"}}, '
+                            f'{{"role": "assistant", "content": "Yes."}}]}}\n' for i in range(5)), encoding="utf-8")
+    return path
+
+
+def test_conversations_need_their_flag(talks):
+    assert "--chats" in one_line("data", "pack", talks, talks.with_name("a.tokens"))
+    assert not list(talks.parent.glob("a.tokens*"))
+
+
+@pytest.mark.parametrize("command", [["data", "pack", "FILE", "FILE", "--chats", "--overwrite"],
+                                     ["generate", "--file", "FILE", "--output", "FILE", "--overwrite"]])
+def test_what_is_read_is_not_written_over(command, talks):
+    before = talks.read_bytes()
+    assert "also what is read" in one_line(*[str(talks) if word == "FILE" else word for word in command])
+    assert talks.read_bytes() == before and list(talks.parent.iterdir()) == [talks]
+
+
+@pytest.mark.parametrize("command", [["tokenizer", "train", "no-such-source.txt"], ["export"]])
+def test_a_folder_that_is_a_file_is_refused_before_any_work(command, talks):
+    assert f"{talks} is a file" in one_line(*command, talks)
+
+
+def test_export_takes_a_model_and_its_own_tokenizer(small_folder, tmp_path):
+    import shutil
+    folder = tmp_path / "mixed"
+    shutil.copytree(small_folder, folder)
+    BPETokenizer.from_pretrained("gpt2").save_pretrained(folder, overwrite=True)
+    assert "50257" in one_line("export", tmp_path / "out", "--model", folder) and not (tmp_path / "out").exists()
+
+
+def test_names_of_files_do_not_steer_the_terminal(tmp_path):
+    (tmp_path / "a\x1b[31m.txt").write_bytes(b"\0")
+    (tmp_path / "b.txt").write_text("A whale is no fish.", encoding="utf-8")
+    out, err = in_process("ask", "whale", "--docs", tmp_path, "--passages")
+    assert "b.txt" in out and "skipped: " in err and "a[31m.txt" in err and "\x1b" not in err
+
+
+# ------------------------------------------------------------------ an interrupted run
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+@pytest.mark.parametrize("command", [["train", "--text", "book.txt", "--vocab-size", "300"],
+                                     ["finetune", "minigpt", "--data", "talks.jsonl", "--text", ""]])
+@pytest.mark.parametrize("name, code, words", [("SIGINT", 130, b"stopped by Ctrl-C"), ("SIGTERM", 143, b"stopped by SIGTERM")])
+def test_an_interrupted_run_does_not_look_finished(command, name, code, words, small_folder, talks, tmp_path):
+    (tmp_path / "book.txt").write_text("\n\n".join(f"Page {i} is about {i} foxes." for i in range(400)), encoding="utf-8")
+    command = [str(small_folder) if word == "minigpt" else word for word in command]
+    settings = [x for s in ("max_steps=1000000", "batch_size=2", "block_size=32", "log_every=1") for x in ("--set", s)]
+    process = subprocess.Popen([*MINIGPT, *command, *settings, "--out", "run"], cwd=tmp_path, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log, end = tmp_path / "run" / "log.csv", time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n") > 2):
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=100)
+    last = err.strip().splitlines()[-1]
+    assert process.returncode == code and words in last and b"--resume" in last and b"Traceback" not in err
+    assert b"saved in" not in out and b"nan" not in out
+
+
+# ------------------------------------------------------------------ what --help says
+
+def every_command() -> dict[str, object]:
+    """Each command by its words: "chat", "data pack", ..."""
+    from typer.main import get_command
+
+    def inside(group, words):
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from inside(command, [*words, name])
+            else:
+                yield " ".join([*words, name]), command
+    return dict(inside(get_command(cli.app), []))
+
+
+def test_the_commands():
+    assert set(every_command()) == {"chat", "ask", "index", "serve", "ui", "generate", "train", "finetune", "eval", "lm-eval",
+                                    "plan", "export", "tokenizer train", "data pack"}
+
+
+@pytest.mark.parametrize("name", sorted(set(every_command()) - {"lm-eval"}))
+def test_examples_can_be_typed(name, monkeypatch):
+    """Each example's options and arguments are taken; no example is cut in two."""
+    monkeypatch.setenv("COLUMNS", "200")
+    command = every_command()[name]
+    lines = re.findall(r"(?m)^ *(?:Example: )?(.*minigpt .*)$", in_process(*name.split(), "--help")[0])
+    examples = [line for line in lines if f"minigpt {name}" in line and not line.lstrip().startswith("Usage")]
+    assert examples
+    for example in examples:
+        typed = example.split(f"minigpt {name}", 1)[1].partition(" < ")[0]
+        assert command.make_context(name, shlex.split(typed))
+
+
+def test_no_help_imports_anything_heavy():
+    code = ("import sys; from minigpt.engine.cli import main\nfor words in sys.argv[1:]:\n"
+            "    sys.argv = ['minigpt', *words.split(), '--help']\n    try:\n        main()\n"
+            "    except SystemExit as end:\n        assert not end.code, words\n"
+            "print(sorted({'torch', 'numpy', 'gradio', 'datasets', 'matplotlib', 'fastapi', 'uvicorn'} & set(sys.modules)))")
+    names = sorted(set(every_command()) - {"lm-eval"})
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 # ------------------------------------------------------------------ pieces
@@ -335,6 +481,50 @@ def test_save_and_load_ask_before_anything_is_lost(commands, tmp_path):
         commands(f"/load {tmp_path / 'none.json'}")
 
 
+def test_a_system_text_that_is_too_long_is_not_taken(commands):
+    session = commands._session
+    commands("/system Be kind.")
+    with pytest.raises(ValueError, match="the system text needs .* tokens"):
+        commands("/system " + "word " * 300)
+    assert session.system == "Be kind." and session.prompt("Hi")
+
+
+def typed(*keys):
+    """What reads lines from a keyboard: each key a line, or the class of an exception."""
+    waiting = iter(keys)
+
+    def read(prompt: str) -> str:
+        key = next(waiting)
+        if isinstance(key, str):
+            return key
+        raise key
+    read.left = lambda: list(waiting)
+    return read
+
+
+@pytest.mark.parametrize("leave", [EOFError, KeyboardInterrupt, "/quit"])
+def test_an_unsaved_talk_is_left_only_twice(leave, small_folder, tmp_path, capsys):
+    session = ChatSession(small_folder, seed=1, max_new_tokens=4)
+    nothing_said = typed(leave, "never read")
+    terminal.chat_loop(session, nothing_said)
+    assert nothing_said.left() == ["never read"] and "not saved" not in capsys.readouterr().out
+    twice = typed("Hi", leave, "", leave, "never read")
+    terminal.chat_loop(session, twice)
+    assert twice.left() == ["never read"] and capsys.readouterr().out.count("not saved: /save FILE") == 1
+    goes_on = typed("Hi", leave, "One more", leave, f"/save {tmp_path / 'a.json'}", leave, "never read")
+    terminal.chat_loop(session, goes_on)
+    assert goes_on.left() == ["never read"] and capsys.readouterr().out.count("not saved: /save FILE") == 2
+
+
+def test_a_bug_in_a_talk_shows_its_traceback_and_loses_nothing(small_folder, monkeypatch, capsys):
+    session = ChatSession(small_folder, seed=1, max_new_tokens=4)
+    monkeypatch.setattr(terminal.Commands, "temp", lambda self, text: text.nothing)
+    terminal.chat_loop(session, typed("/temp 1", "/load nowhere.json", "Hi", EOFError, EOFError))
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "AttributeError" in err and "\nminigpt: no such file: nowhere.json\n" in err
+    assert len(session.exchanges) == 1
+
+
 def test_messages_of_several_lines():
     def reading(*lines):
         waiting = iter(lines)
@@ -343,6 +533,7 @@ def test_messages_of_several_lines():
     assert terminal._read_message(reading('"""a', "", 'b"""')) == "a\n\nb"
     assert terminal._read_message(reading('"""', "a", '"""')) == "a"
     assert terminal._read_message(reading('"""a"""')) == "a"
+    assert terminal._read_message(typed('"""a', "b", KeyboardInterrupt)) == ""      # Ctrl-C forgets the lines, and stays
 
 
 # ------------------------------------------------------------------ through a pseudo-terminal
@@ -454,7 +645,9 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path):
         assert '"assistant", "content": "Once' in path.read_text(encoding="utf-8")
         t.type("What is the capital of France?\n")
         assert "Paris" in t.wait("you     > ")
-        assert t.leave("\x03") == 0                    # at the prompt: leaves
+        t.type("\x03")                                 # at the prompt, with something that is not saved
+        t.wait("not saved: /save.*you     > ")
+        assert t.leave("\x03") == 0                    # once more: leaves
 
 
 @windows
@@ -478,4 +671,6 @@ def test_ctrl_d_leaves_and_half_characters_are_not_shown(tmp_path):
         t.type("Hi\n")
         assert "minigpt > Grüße 😀👍!\n" in t.wait("you     > ")
         assert "\ufffd" not in t.raw.decode("utf-8")
-        assert t.leave("\x04") == 0                    # Ctrl-D
+        t.type("\x04")                                 # Ctrl-D
+        t.wait("not saved: /save.*you     > ")
+        assert t.leave("\x04") == 0                    # and again

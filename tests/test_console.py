@@ -1,7 +1,14 @@
 """engine/console: what a terminal is shown."""
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
 import pytest
 
-from minigpt.engine.console import USER_ERRORS, error_of, explain, parse_settings, printable
+from minigpt.engine.console import error_of, explain, is_for_user, parse_settings, printable, run_program
+from minigpt.engine.parallel import ordered_map
 
 
 def test_control_characters_are_left_out():
@@ -14,11 +21,78 @@ def test_an_error_is_one_line():
     assert explain(OSError("plain")) == "plain" and explain(KeyError()) == "KeyError"
 
 
-def test_bugs_are_no_errors_for_the_user():
-    for bug in (TypeError, KeyError, AttributeError, ZeroDivisionError, AssertionError, RuntimeError, RecursionError):
-        assert not issubclass(bug, USER_ERRORS)
-    for meant in (ValueError, FileNotFoundError, PermissionError, ModuleNotFoundError, MemoryError, ConnectionError):
-        assert issubclass(meant, USER_ERRORS)
+def raised(call, *args) -> BaseException:
+    with pytest.raises(BaseException) as found:
+        call(*args)
+    return found.value
+
+
+def raised_in(module: str, line: str) -> BaseException:
+    """What a line of a module of that name raises."""
+    return raised(lambda: exec(f"def run():\n    {line}\nrun()", {"__name__": module}))
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "TypeError", "RuntimeError", "FloatingPointError", "ImportError"])
+def test_what_minigpt_raises_on_purpose_is_for_the_user(kind):
+    assert is_for_user(raised_in("minigpt.data", f"raise {kind}('a bad value')"))
+    assert is_for_user(raised_in("minigpt.engine.files", f"raise {kind}('a bad value') from None"))
+
+
+@pytest.mark.parametrize("module, line", [
+    ("torch.nn", "raise ValueError('deep inside')"), ("torch.nn", "raise RuntimeError('shapes')"),
+    ("minigptother.x", "raise ValueError('of somebody else')"), ("minigpt.data", "int('seven')"),
+    ("minigpt.data", "a, b = [1]"), ("minigpt.data", "None + 1"), ("minigpt.data", "{}['key']"), ("minigpt.data", "None.name"),
+    ("minigpt.data", "1 / 0"), ("minigpt.data", "assert False, 'never'"), ("minigpt.data", "raise NotImplementedError"),
+    ("minigpt.data", "from minigpt.data import nothing"), ("minigpt.data", "import minigpt.nothing")])
+def test_bugs_are_no_errors_for_the_user(module, line):
+    assert not is_for_user(raised_in(module, line))
+
+
+@pytest.mark.parametrize("line", ["open('nowhere/file')", "raise MemoryError", "import nobody_has_this", "raise ConnectionError('x')",
+                                  "raise type('OutOfMemoryError', (RuntimeError,), {})('CUDA out of memory')"])
+def test_what_the_machine_says_is_for_the_user_wherever_it_is_said(line):
+    assert is_for_user(raised_in("minigpt.data", line)) and is_for_user(raised_in("torch.nn", line))
+
+
+def test_of_an_error_in_a_worker_process_only_the_kind_is_known():
+    assert is_for_user(raised(lambda: list(ordered_map(int, ["7", "x"], 2))))
+    assert not is_for_user(raised(lambda: list(ordered_map(int, ["7", None], 2))))
+
+
+def test_a_program_ends_with_a_code(capsys):
+    def user_error():
+        exec("raise ValueError('x=3: not\\nthis \x1b[0m')", {"__name__": "minigpt.data"})
+
+    def interrupted():
+        raise KeyboardInterrupt
+    assert run_program(lambda: None) == 0 and run_program(lambda: 7) == 7 and run_program(interrupted) == 130
+    assert capsys.readouterr().err == ""
+    assert run_program(user_error) == 2
+    assert capsys.readouterr().err == "minigpt: x=3: not this [0m\n"
+    with pytest.raises(ZeroDivisionError):
+        run_program(lambda: 1 // 0)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="x=3"):
+        patch.setenv("MINIGPT_DEBUG", "1")
+        run_program(user_error)
+
+
+def test_a_warning_is_one_line(capsys):
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run_program(lambda: warnings.warn("two\nlines")) == 0
+    assert capsys.readouterr().err == "minigpt: warning: two lines\n" and warnings.showwarning is before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes the streams")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_read_as_empty_and_take_all(closed, tmp_path):
+    code = ("import sys; from minigpt.engine.console import run_program\n"
+            "sys.exit(run_program(lambda: print(sys.stdin.read(), flush=True) or print(1, file=sys.stderr) or 5))")
+    (tmp_path / "a.py").write_text(code)
+    done = subprocess.run(["sh", "-c", f"'{sys.executable}' a.py {closed}"], cwd=tmp_path, stdin=subprocess.DEVNULL,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}, capture_output=True)
+    assert done.returncode == 5 and b"Traceback" not in done.stderr
 
 
 def test_an_error_is_shown_with_its_kind():

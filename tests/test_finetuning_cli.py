@@ -95,13 +95,29 @@ def test_it_learns_measures_and_can_be_chatted_with(base, tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("Yes,") and done.stdout.strip().endswith("is a number.")
 
 
+def test_where_nothing_is_measured_one_line_says_how_it_went(base, tmp_path):
+    (tmp_path / "few.jsonl").write_text(json.dumps(rows(1)[0]) + "\n", encoding="utf-8")
+    said = run(base, "--data", tmp_path / "few.jsonl", "--out", tmp_path / "run", *FAST)
+    first, last = said.splitlines()
+    assert first.startswith("FinetuneResult(step 2, loss ") and last == f"saved in {tmp_path / 'run' / 'model'}"
+
+
+def test_a_folder_with_a_model_or_a_file_is_refused_truly(base, tmp_path):
+    data = written(tmp_path / "data", "pairs.jsonl")
+    (tmp_path / "file").touch()
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    assert "is a file" in run(base, "--data", data, "--out", tmp_path / "file", code=2)
+    said = run(base, "--data", data, "--out", tmp_path / "other", code=2)
+    assert "holds a model already" in said and "another folder" in said and "--resume" in said
+
+
 def test_pairs_and_resume(base, tmp_path):
     steps = ["--set", "batch_size=4", "--set", "lr=0.001"]
     said = run(base, "--pairs", "preferences", "--limit", 12, "--out", tmp_path / "run", "--quiet", *steps,
                "--set", "max_steps=3")
     assert "prefers" in said and (tmp_path / "run" / "model").is_dir()
     again = run(base, "--pairs", "preferences", "--out", tmp_path / "run", "--quiet", code=2)
-    assert "holds a tuned model already" in again
+    assert "holds a model already" in again and "--resume" in again
     changed = run(base, "--pairs", "preferences", "--limit", 12, "--out", tmp_path / "run", "--quiet", *steps,
                   "--set", "max_steps=5", "--resume", code=2)
     assert "max_steps: 3 then, 5 now" in changed
@@ -109,7 +125,8 @@ def test_pairs_and_resume(base, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     ([], "either --data"), (["--data", "chats", "--pairs", "preferences"], "either --data"),
-    (["--data", "no-such-file.jsonl"], "no such file"), (["--data", "chats"], "tokens, the model reads 192"),
+    (["--data", "no-such-file.jsonl"], "no such file"), (["--data", "chats"], "tokens, the model reads 192"), (["--data", "chats"], "--too-long cut"),
+    (["--data", "chats", "--set", "betas=5"], "betas=5"), (["--data", "chats", "--set", "seed=-1"], "seed=-1"),
     (["--data", "chats", "--too-long", "maybe"], "too_long='maybe'"), (["--data", "chats", "--set", "lr"], "name=value"),
     (["--data", "chats", "--too-long", "drop", "--set", "speed=3"], "speed")])
 def test_bad_input(base, tmp_path, arguments, words):

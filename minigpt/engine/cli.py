@@ -14,7 +14,8 @@ import typer
 from minigpt import __version__
 from minigpt.engine import options as opt
 from minigpt.engine.console import parse_settings, run_program
-from minigpt.engine.files import refuse_existing, refuse_same
+from minigpt.engine.files import (refuse_existing, refuse_same,
+                                  refuse_unwritable)
 
 # %% ../../nbs/engine/cli.ipynb #app
 def _typer() -> typer.Typer:
@@ -193,7 +194,7 @@ def _serve(
     after --grace seconds); a second one ends it at once.
     """
     import torch
-    from minigpt.chat import load_pair
+    from minigpt.engine.hub import load_pair
     from minigpt.engine import serving
     from minigpt.server import Limits, create_app, named, serve
     limits = Limits(max_batch, max_queue, max_tokens, timeout, max_body,
@@ -255,7 +256,7 @@ def _generate(
     texts = files.collect_prompts(prompts, file)
     files.check_strategy(format, num_beams, penalty_alpha, draft, num_return,
                          batch_size, guesses, early_stopping)
-    from minigpt.chat import load_pair
+    from minigpt.engine.hub import load_pair
     from minigpt.generation import BeamOptions, Options
     options = Options(
         max_new_tokens, temperature, top_k or None, top_p, min_p, typical_p,
@@ -286,6 +287,7 @@ def _tokenizer_train(
     Example: minigpt tokenizer train book.txt my-tokenizer --vocab-size 4000
     """
     refuse_existing(folder / "tokenizer.json", overwrite)
+    refuse_unwritable(folder)
     from minigpt.bpe import BPETokenizer
     from minigpt.data import text_of
     from minigpt.engine.runs import open_rows
@@ -345,7 +347,6 @@ def _train(
     result = run_recipe(plan, out=out, folder=folder,
                         resume="force" if force else resume,
                         changes=parse_settings(settings), num_proc=num_proc)
-    print(repr(result))
     raise typer.Exit(say_end(result))
 
 # %% ../../nbs/engine/cli.ipynb #finetune
@@ -366,8 +367,7 @@ def _finetune(
     Examples:
       minigpt finetune runs/nano-stories/model --data chats --too-long cut
       minigpt finetune minigpt-chat --data talks.jsonl --set lr=1e-4
-      minigpt finetune gpt2 --data OpenAssistant/oasst1
-        --add-chat-tokens --too-long cut
+      minigpt finetune gpt2 --data chats --too-long cut --add-chat-tokens
       minigpt finetune minigpt-chat --pairs preferences
 
     Afterwards: minigpt chat --model runs/finetune/model
@@ -379,7 +379,6 @@ def _finetune(
         add_chat_tokens=add_chat_tokens, epochs=epochs, beta=beta,
         settings=parse_settings(settings), out=out, resume=resume,
         progress=not quiet)
-    print(result if result.after else repr(result))
     raise typer.Exit(say_end(result))
 
 # %% ../../nbs/engine/cli.ipynb #plan
@@ -412,8 +411,9 @@ def _export(
     Example: minigpt export my-model --dtype bfloat16
     """
     refuse_existing(folder / "model.safetensors", overwrite)
-    from minigpt.chat import load_pair
+    refuse_unwritable(folder)
     from minigpt.bpe import BPETokenizer
+    from minigpt.engine.hub import load_pair
     from minigpt.gpt2 import GPT2
     gpt, tokenizer = load_pair(GPT2.from_pretrained(model, dtype=dtype),
                                BPETokenizer.from_pretrained(model))

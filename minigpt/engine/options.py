@@ -209,8 +209,8 @@ NumProc = Annotated[int, Option(
 
 # %% ../../nbs/engine/options.ipynb #train
 Recipe = Annotated[str | None, Argument(parser=name, help=(
-    "A .toml file or the name of one that ships: nano-stories, mini-chat, "
-    "gpt2-small-wikipedia."))]
+    "A .toml file or the name of one that ships: nano-stories (with its "
+    "data), mini-chat, gpt2-small-wikipedia."))]
 Texts = Annotated[list[str], Option("--text", parser=name, help=(
     "Text to train on, if without a recipe; repeatable."))]
 Chats = Annotated[list[str], Option(

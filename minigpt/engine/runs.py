@@ -114,7 +114,7 @@ def finetune_files(model: str,  # folder or name of what is tuned
         raise ValueError("give either --data (conversations) or --pairs "
                          "(preferences)")
     from minigpt import finetuning
-    from minigpt.chat import load_pair
+    from minigpt.engine.hub import load_pair
     finetuning.check_out(out, resume)
     gpt, tokenizer = load_pair(model)
     if add_chat_tokens:
@@ -132,8 +132,9 @@ def finetune_files(model: str,  # folder or name of what is tuned
 
 # %% ../../nbs/engine/runs.ipynb #say-end
 def say_end(result) -> int:
-    """Say where a run's model is; the exit code: 0, or if it was stopped
-    that of the signal (130 for Ctrl-C), as shells count."""
+    """Say what came of a run, and where its model is; the exit code: 0, or
+    if it was stopped that of the signal (130 for Ctrl-C), as shells count."""
+    print(result if getattr(result, "after", None) else repr(result))
     model = result.folder / "model"
     if not result.stopped:
         print(f"saved in {model}")
