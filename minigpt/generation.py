@@ -32,7 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bpe import BPETokenizer, StreamDecoder
+from .bpe import BPETokenizer
+from .engine.tokenizer import StreamDecoder
 from .gpt2 import GPT2, KVCache, gelu
 
 # %% ../nbs/05_generation.ipynb #checktoken
