@@ -45,9 +45,9 @@ def load_project(threads: int, arrays: bool = False):
     """The project's GPT-2 tokenizer from gpt2_files(): docs -> list of ids, or with `arrays` -> uint16 arrays."""
     if c.project() is None:
         return None
-    from minigpt.bpe import BPETokenizer
+    from minigpt.engine.tokenizer import Tokenizer
     merges, vocab = gpt2_files()
-    tok = BPETokenizer.from_gpt2(vocab, merges)
+    tok = Tokenizer.from_gpt2(vocab, merges)
     if arrays:
         return lambda docs: list(tok.encode_iter(docs, None, num_proc=threads))
     return lambda docs: tok.encode_batch(docs, None, num_proc=threads)
@@ -75,7 +75,7 @@ def load_tiktoken_numpy(threads):
 
 
 def load_hf(threads):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer, models, pre_tokenizers
     merges, vocab = gpt2_files()
     tok = Tokenizer(models.BPE.from_file(vocab, merges))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -86,7 +86,7 @@ def load_gigatoken(threads):
     import gigatoken
     from tiktoken_ext.openai_public import r50k_pat_str
     merges, vocab = gpt2_files()
-    from tokenizers import Tokenizer, models, pre_tokenizers, decoders
+    from tokenizers import Tokenizer as HFTokenizer, models, pre_tokenizers, decoders
     tok = Tokenizer(models.BPE.from_file(vocab, merges))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tok.decoder = decoders.ByteLevel()

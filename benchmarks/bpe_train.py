@@ -41,12 +41,12 @@ def load_project(num_proc: int = 1):
     """The project's BPE trainer (docs, vocab_size) -> list of token bytes, bytes first, then one for each merge."""
     if c.project() is None:
         return None
-    from minigpt.bpe import BPETokenizer
-    return lambda docs, vocab_size: BPETokenizer.train(docs, vocab_size, num_proc=num_proc).token_bytes
+    from minigpt.engine.tokenizer import Tokenizer
+    return lambda docs, vocab_size: Tokenizer.train(docs, vocab_size, num_proc=num_proc).token_bytes
 
 
 def train_hf(docs, vocab_size):
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HFTokenizer, models, pre_tokenizers, trainers
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tok.train_from_iterator(docs, trainers.BpeTrainer(

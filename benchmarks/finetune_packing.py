@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from minigpt.bpe import BPETokenizer  # noqa: E402
+from minigpt.engine.tokenizer import Tokenizer  # noqa: E402
 from minigpt.data import ChatRenderer, load_chats  # noqa: E402
 from minigpt.finetuning import finetune  # noqa: E402
 from minigpt.gpt2 import GPT2  # noqa: E402
@@ -37,7 +37,7 @@ def main() -> None:
         place = args.base or str(Path(folder) / "model")
         if args.base is None:
             run_recipe("nano-stories", out=folder, progress=False, changes={"save_every": 0})
-        base, tokenizer = GPT2.from_pretrained(place), BPETokenizer.from_pretrained(place)
+        base, tokenizer = GPT2.from_pretrained(place), Tokenizer.from_pretrained(place)
     renderer = ChatRenderer(tokenizer)
     chats = [c for c in load_chats("chats") if c["kind"] not in LONG]
     held = [c for c in load_chats("held") if c["kind"] not in LONG and len(renderer.render(c["messages"]).ids) < 200]

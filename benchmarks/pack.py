@@ -47,9 +47,9 @@ def clock(procs: int) -> float:
 
 
 def tokenizer_alone(path: str, procs: int) -> dict:
-    from minigpt.bpe import BPETokenizer
+    from minigpt.engine.tokenizer import Tokenizer
     from minigpt.data import load_text
-    tok, docs = BPETokenizer.from_pretrained(), load_text(path)
+    tok, docs = Tokenizer.from_pretrained(), load_text(path)
     t, count = clock(procs), 0
     if procs == 1:
         for doc in docs:
@@ -62,9 +62,9 @@ def tokenizer_alone(path: str, procs: int) -> dict:
 
 
 def packing(path: str, procs: int) -> dict:
-    from minigpt.bpe import BPETokenizer
+    from minigpt.engine.tokenizer import Tokenizer
     from minigpt.data import load_text, pack
-    tok, target = BPETokenizer.from_pretrained(), Path(path).with_suffix(".bin")
+    tok, target = Tokenizer.from_pretrained(), Path(path).with_suffix(".bin")
     c.reset_peak_rss()
     base = c.rss_mb()
     t = clock(procs)

@@ -57,11 +57,11 @@ def main():
     torch.set_num_threads(c.threads())
     if c.project() is None:
         return
-    from minigpt.bpe import BPETokenizer
+    from minigpt.engine.tokenizer import Tokenizer
     from minigpt.data import ChatRenderer, load_chats, load_text
     from minigpt.generation import Decoder, ModelDraft, NGramDraft, Options, generate_options, speculate
     from minigpt.gpt2 import GPT2
-    model, tokenizer = GPT2.from_pretrained(), BPETokenizer.from_pretrained()
+    model, tokenizer = GPT2.from_pretrained(), Tokenizer.from_pretrained()
     renderer = ChatRenderer(tokenizer)
     chats = load_chats("held")
     step = max(1, len(chats) // a.prompts)

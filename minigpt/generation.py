@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bpe import BPETokenizer, StreamDecoder
+from .bpe import BPETokenizer
+from .engine.tokenizer import StreamDecoder
 from .gpt2 import GPT2, KVCache
 
 # %% ../nbs/05_generation.ipynb #checktoken

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .attention import CausalSelfAttention, attention
-from .bpe import ASSETS
+from .engine.files import ASSETS
 from .engine.devices import pick_device, pick_dtype
 from .engine.files import atomic_folder, read_json, reading
 

@@ -51,9 +51,11 @@ from .engine.devices import pick_device, pick_dtype, total_memory
 from .engine.files import (
     atomic_file, atomic_folder, read_json, read_text, write_text)
 from .engine.locks import locked_folder
+from .engine.tokenizer import Tokenizer
 from .engine.tracking import (CSVLog, Meter, Samples, TensorBoardLog,
                                      progress_bar)
-from .gpt2 import ASSETS, GPT2, GPT2Config, Memory
+from .engine.files import ASSETS
+from .gpt2 import GPT2, GPT2Config, Memory
 
 # %% ../nbs/04_training.ipynb #config
 @dataclass(frozen=True)
@@ -1575,9 +1577,9 @@ def recipe_tokenizer(recipe: dict, out: Path, folder: str | Path = ".",
                              "on: name the one that it was packed with")
         note.unlink(missing_ok=True)
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-        BPETokenizer.train(texts, wanted["train"], special,
+        Tokenizer.train(texts, wanted["train"], special,
                            progress=False).save_pretrained(
-                               place, overwrite=True)
+                            place, overwrite=True)
         note.write_text(source, encoding="utf-8")
     ranks.gather("trained")
     return BPETokenizer.from_pretrained(place)

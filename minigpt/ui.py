@@ -29,7 +29,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import ipywidgets as widgets
 import torch
 
-from .bpe import ASSETS
+from .engine.files import ASSETS
 from .chat import (ChatSession, as_messages, parse_transcript,
                           transcript)
 from .engine.vote_ui import BUTTONS, vote_tab

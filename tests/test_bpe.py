@@ -17,7 +17,11 @@ import numpy as np
 import pytest
 
 from minigpt import bpe
-from minigpt.bpe import BPETokenizer, StreamDecoder
+from minigpt.bpe import BPETokenizer, split_words
+from minigpt.deeper import fast_bpe
+from minigpt.engine import tokenizer as files
+from minigpt.engine import vocabulary
+from minigpt.engine.tokenizer import StreamDecoder, Tokenizer
 
 tiktoken = pytest.importorskip("tiktoken")
 tokenizers = pytest.importorskip("tokenizers")
@@ -40,12 +44,12 @@ CODE = Path(json.__file__).read_text(encoding="utf-8") + Path(warnings.__file__)
 
 @pytest.fixture(scope="module")
 def gpt2():
-    return BPETokenizer.from_pretrained("gpt2")
+    return Tokenizer.from_pretrained("gpt2")
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    return BPETokenizer.from_pretrained()
+    return Tokenizer.from_pretrained()
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +197,7 @@ def naive_encode(tok, text):
     ranks = {pair: n for n, pair in enumerate(tok.merges)}
     ids = {token: i for i, token in enumerate(tok.token_bytes) if i not in tok.special_tokens.values()}
     out = []
-    for word in bpe._split_any(text):
+    for word in split_words(text):
         parts = [bytes([b]) for b in word.encode()]
         while pairs := [ranks[p] for p in zip(parts, parts[1:]) if p in ranks]:
             left, right = tok.merges[min(pairs)]
@@ -281,7 +285,32 @@ def test_special_tokens_as_tiktoken(gpt2, openai, hf):
         want = openai.encode(text, allowed_special="all")
         assert gpt2.encode(text, allowed_special="all") == want == hf.encode(text).ids
         assert gpt2.encode(text, {"<|endoftext|>"}) == want
-        assert gpt2.encode_ordinary(text) == gpt2.encode(text, None) == openai.encode_ordinary(text)
+        assert gpt2.encode_ordinary(text) == openai.encode_ordinary(text)
+
+
+def test_the_class_of_the_lesson_gives_the_same_ids(gpt2):
+    plain = BPETokenizer(gpt2.token_bytes, gpt2.merges, gpt2.special_tokens)
+    for kind in KINDS:
+        for text in fuzz(kind)[:40]:
+            text = text.encode("utf-8", "replace").decode()
+            assert plain.encode_ordinary(text) == gpt2.encode_ordinary(text)
+            assert plain.decode(plain.encode(text, "all")) == text
+
+
+def test_the_class_of_the_lesson_learns_the_same_merges():
+    plain = BPETokenizer.train(STORIES[:20_000], 400, MARKS)
+    fast = Tokenizer.train(STORIES[:20_000], 400, MARKS)
+    assert plain.merges == fast.merges and plain.token_bytes == fast.token_bytes
+
+
+def test_merges_that_do_not_reach_a_token_are_not_skipped(tmp_path):
+    """A token that its own merges never make: tokenizers does not use it either, with the ignore_merges that we write."""
+    by_hand = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]
+    ours = Tokenizer([bytes([b]) for b in bpe.BYTE_ORDER] + [a + b for a, b in by_hand], by_hand)
+    ours.save_pretrained(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("abc", "abcab", " abc bc", "aabbcc"):
+        assert ours.encode(text) == theirs.encode(text).ids
 
 
 def test_a_stray_special_token_is_an_error(shipped):
@@ -292,7 +321,7 @@ def test_a_stray_special_token_is_an_error(shipped):
     assert not set(shipped.encode_ordinary("<|im_start|>system")) & {0, 1, 2}
 
 
-@pytest.mark.parametrize("allowed, words", [("<|im_end|>", "'none', 'all' or a set"), ({"<|end|>"}, "<|end|>")])
+@pytest.mark.parametrize("allowed, words", [("<|im_end|>", 'give "all" or a set'), ({"<|end|>"}, "<|end|>")])
 def test_unknown_allowed_special(allowed, words, shipped):
     with pytest.raises(ValueError, match="allowed_special") as info:
         shipped.encode("plain", allowed)
@@ -300,7 +329,7 @@ def test_unknown_allowed_special(allowed, words, shipped):
 
 
 def test_the_longest_of_two_special_tokens_wins():
-    tok = BPETokenizer.train("abc abc", 261, ["<a>", "<a><b>"])
+    tok = Tokenizer.train("abc abc", 261, ["<a>", "<a><b>"])
     assert tok.encode("<a><b><a>", "all") == [1, 0]
 
 
@@ -347,7 +376,7 @@ def test_merges_equal_the_naive_trainer_on_texts_full_of_ties():
         words = {"".join(rng.choices(letters, k=rng.randint(1, 12))): rng.randint(1, 3)
                  for _ in range(rng.randint(1, 12))}
         want = naive_train(words, 40)
-        tokens, merges = bpe.learn_merges(words, 256 + len({a + b for a, b in want}))
+        tokens, merges = fast_bpe.learn_merges(words, 256 + len({a + b for a, b in want}))
         assert merges == want[:len(merges)] and len(merges) >= len(want) - 1, (trial, words)
 
 
@@ -362,7 +391,7 @@ def test_merges_equal_hf_tokenizers_trainer(name, ledger):
     want = hf_trained(texts, size, MARKS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ours = BPETokenizer.train(texts, size, MARKS)
+        ours = Tokenizer.train(texts, size, MARKS)
     merges = merges_of(want)
     wrong = sum(a != b for a, b in zip(ours.merges, merges)) + abs(len(ours.merges) - len(merges))
     ledger(f"merges learned from {name}, of {len(merges):,}: that differ", wrong, peer="tokenizers", bound=0)
@@ -373,11 +402,11 @@ def test_merges_equal_hf_tokenizers_trainer(name, ledger):
 def test_order_of_texts_does_not_matter():
     lines = STORIES[:150_000].splitlines(keepends=True)
     again = random.Random(0).sample(lines, len(lines))
-    assert BPETokenizer.train(lines, 900).merges == BPETokenizer.train(again, 900).merges
+    assert Tokenizer.train(lines, 900).merges == Tokenizer.train(again, 900).merges
 
 
 def test_special_tokens_get_the_first_ids():
-    tok = BPETokenizer.train("low lower lowest " * 3, 265, MARKS)
+    tok = Tokenizer.train("low lower lowest " * 3, 265, MARKS)
     assert tok.special_tokens == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
     assert tok.vocab_size == 265 and tok.token_bytes[3] == b"!" and tok.token_bytes[259] == b"lo"
 
@@ -386,9 +415,9 @@ def test_special_tokens_get_the_first_ids():
 def test_a_special_token_that_is_a_learned_word_is_refused(name, says, tmp_path):
     text = "user and user: the user " * 20
     with pytest.raises(ValueError, match=says):
-        BPETokenizer.train(text, 268, [name, "<|end|>"])
-    tok = BPETokenizer.train(text, 267, ["<|end|>"])
-    clash = BPETokenizer([*tok.token_bytes, name.encode()], tok.merges, tok.special_tokens | {name: tok.vocab_size})
+        Tokenizer.train(text, 268, [name, "<|end|>"])
+    tok = Tokenizer.train(text, 267, ["<|end|>"])
+    clash = Tokenizer([*tok.token_bytes, name.encode()], tok.merges, tok.special_tokens | {name: tok.vocab_size})
     for save in (clash.save_pretrained, clash.save_gpt2):
         with pytest.raises(ValueError, match=says):
             save(tmp_path / "out")
@@ -401,18 +430,18 @@ def test_a_special_token_that_is_a_byte_is_refused_before_the_text_is_read():
         yield
     for name in ("a", "!", "Ġ"):
         with pytest.raises(ValueError, match=f"{name!r} is also a token"):
-            BPETokenizer.train(texts(), 300, [name])
+            Tokenizer.train(texts(), 300, [name])
 
 
 def test_a_special_token_that_is_in_the_text_but_no_token_is_fine(tmp_path):
-    tok = BPETokenizer.train("user and user: the user " * 20, 259, ["user", "<|end|>"])
+    tok = Tokenizer.train("user and user: the user " * 20, 259, ["user", "<|end|>"])
     tok.save_pretrained(tmp_path)
-    assert BPETokenizer.from_pretrained(tmp_path).encode("userx<|end|>", "all") == [0, tok.encode("x")[0], 1]
+    assert Tokenizer.from_pretrained(tmp_path).encode("userx<|end|>", "all") == [0, tok.encode("x")[0], 1]
 
 
 def test_too_large_a_vocabulary_stops_early_and_says_so():
     with pytest.warns(UserWarning, match=r"vocab_size=500 is too large .* 3 merges .* 259 ids"):
-        tok = BPETokenizer.train("abcd", 500)
+        tok = Tokenizer.train("abcd", 500)
     assert tok.vocab_size == 259 and tok.encode("abcd") == [258]
 
 
@@ -424,24 +453,24 @@ def test_too_large_a_vocabulary_stops_early_and_says_so():
     (Path("no-such-file.txt"), 300, [], FileNotFoundError, "no-such-file")])
 def test_training_input_that_is_wrong(texts, size, special, error, words):
     with pytest.raises(error, match=words):
-        BPETokenizer.train(texts, size, special)
+        Tokenizer.train(texts, size, special)
 
 
 def test_no_processes_is_an_error():
     with pytest.raises(ValueError, match="num_proc=0"):
-        BPETokenizer.train("abc", 300, num_proc=0)
+        Tokenizer.train("abc", 300, num_proc=0)
 
 
 def test_files_rows_and_processes_give_the_same_merges(tmp_path):
     text = STORIES[:400_000]
-    want = BPETokenizer.train(text, 1200).merges
+    want = Tokenizer.train(text, 1200).merges
     path = tmp_path / "stories.txt"
     path.write_text(text, encoding="utf-8", newline="")
     lines = text.splitlines(keepends=True)
-    assert BPETokenizer.train(path, 1200).merges == want
+    assert Tokenizer.train(path, 1200).merges == want
     rows = ({"body": line} for line in lines)
-    by_row = BPETokenizer.train(rows, 1200, column="body").merges
-    assert by_row == BPETokenizer.train(lines, 1200, num_proc=2).merges == BPETokenizer.train(lines, 1200).merges
+    by_row = Tokenizer.train(rows, 1200, column="body").merges
+    assert by_row == Tokenizer.train(lines, 1200, num_proc=2).merges == Tokenizer.train(lines, 1200).merges
 
 
 def test_a_streamed_dataset(tmp_path):
@@ -451,16 +480,21 @@ def test_a_streamed_dataset(tmp_path):
     stream = datasets.load_dataset("text", data_files=str(path), streaming=True, split="train",
                                    cache_dir=str(tmp_path / "cache"))
     lines = STORIES[:50_000].splitlines()
-    assert BPETokenizer.train(stream, 600).merges == BPETokenizer.train(lines, 600).merges
+    assert Tokenizer.train(stream, 600).merges == Tokenizer.train(lines, 600).merges
+
+
+def read_pieces(path, size):
+    with open(path, encoding="utf-8", newline="") as file:
+        yield from files._cut_safely(iter(lambda: file.read(size), ""))
 
 
 def test_pieces_of_a_file_keep_the_words(tmp_path):
     path = tmp_path / "fuzz.txt"
     for n, text in enumerate(fuzz("whitespace")[:60] + fuzz("words")[:20]):
         path.write_text(text, encoding="utf-8", newline="")
-        pieces = list(bpe.read_pieces(path, size=1 + n % 9))
+        pieces = list(read_pieces(path, 1 + n % 9))
         assert "".join(pieces) == text
-        assert [w for p in pieces for w in bpe.split_words(p)] == bpe._split_any(text)
+        assert [w for p in pieces for w in split_words(p)] == split_words(text)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\r", " \r\n"])
@@ -468,17 +502,17 @@ def test_a_word_list_without_blanks_is_read_in_pieces(end, tmp_path):
     text = "".join(f"Wörd{n}{end}" for n in range(3000))
     path = tmp_path / "list.txt"
     path.write_text(text, encoding="utf-8", newline="")
-    pieces = list(bpe.read_pieces(path, size=500))
+    pieces = list(read_pieces(path, 500))
     assert "".join(pieces) == text and max(map(len, pieces)) < 1000
-    assert [w for p in pieces for w in bpe.split_words(p)] == bpe._split_any(text)
+    assert [w for p in pieces for w in split_words(p)] == split_words(text)
 
 
 def test_each_block_is_searched_once(tmp_path, monkeypatch):
     """So a file without any place to cut takes time in proportion to its length."""
     searched = []
-    monkeypatch.setattr(bpe, "_match_cut", lambda text: searched.append(len(text)))
+    monkeypatch.setattr(files, "_match_cut", lambda text: searched.append(len(text)))
     (tmp_path / "one.txt").write_text("x" * 10_000)
-    assert list(bpe.read_pieces(tmp_path / "one.txt", size=100)) == ["x" * 10_000]
+    assert list(read_pieces(tmp_path / "one.txt", 100)) == ["x" * 10_000]
     assert sum(searched) < 11_000
 
 
@@ -488,13 +522,13 @@ def test_blocks_of_any_size_keep_the_words():
         for text in fuzz(kind, seed=4)[:200]:
             cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randint(0, 6)))
             blocks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)]) if b > a]
-            pieces = list(bpe.cut_safely(blocks))
+            pieces = list(files._cut_safely(blocks))
             assert "".join(pieces) == text and all(pieces)
-            assert [w for p in pieces for w in bpe.split_words(p)] == bpe._split_any(text)
+            assert [w for p in pieces for w in split_words(p)] == split_words(text)
 
 
 def test_many_distinct_words_are_counted_right():
-    words = bpe.count_words(f" w{i}." for i in range(280_000))
+    words = files._count_words(f" w{i}." for i in range(280_000))
     assert words == Counter({f" w": 280_000, ".": 280_000}) + Counter(str(i) for i in range(280_000))
 
 
@@ -502,21 +536,21 @@ def test_broken_utf8_names_the_file(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes("café".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 \(byte 0xe9\)"):
-        BPETokenizer.train(path, 300)
+        Tokenizer.train(path, 300)
 
 
 def test_units_keep_the_words_of_every_kind_of_text():
     for kind in KINDS:
         for text in fuzz(kind, seed=5)[:300]:
-            words = [w for unit in bpe.split_units(text) for w in bpe.split_words(unit)]
-            assert words == bpe._split_any(text) and "".join(words) == text
+            words = [w for unit in fast_bpe._split_units(text) for w in split_words(unit)]
+            assert words == split_words(text) and "".join(words) == text
 
 
 def test_progress_bars_are_shown_when_asked(capsys):
-    BPETokenizer.train("low lower lowest " * 3, 260, progress=True)
+    Tokenizer.train("low lower lowest " * 3, 260, progress=True)
     shown = capsys.readouterr().err
     assert "words" in shown and "merges: 100%" in shown
-    BPETokenizer.train("low lower lowest " * 3, 260, progress=False)
+    Tokenizer.train("low lower lowest " * 3, 260, progress=False)
     assert capsys.readouterr().err == ""
 
 
@@ -526,7 +560,7 @@ def test_hf_tokenizers_file_loads_and_ours_is_the_same_file(tmp_path):
     theirs = hf_trained([STORIES[:100_000]], 1000, MARKS)
     (tmp_path / "theirs").mkdir()
     theirs.save(str(tmp_path / "theirs" / "tokenizer.json"))
-    ours = BPETokenizer.from_pretrained(tmp_path / "theirs")
+    ours = Tokenizer.from_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
     again = tokenizers.Tokenizer.from_file(str(tmp_path / "ours" / "tokenizer.json"))
     for text in fuzz("words")[:100] + fuzz("emoji")[:100] + ["<|im_start|>user\nhi<|im_end|>"]:
@@ -542,12 +576,12 @@ def test_the_shipped_file_is_written_back_byte_for_byte(shipped, tmp_path):
 
 
 def test_older_forms_of_tokenizer_json(gpt2, tmp_path):
-    spec = bpe.tokenizer_json(gpt2)
+    spec = vocabulary.tokenizer_json(gpt2)
     spec["model"]["merges"] = [" ".join(merge) for merge in spec["model"]["merges"]]
     del spec["model"]["type"], spec["pre_tokenizer"]["use_regex"]
     spec["model"]["vocab"].pop("<|endoftext|>")  # only an added token
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    loaded = BPETokenizer.from_pretrained(tmp_path)
+    loaded = Tokenizer.from_pretrained(tmp_path)
     assert loaded.merges == gpt2.merges and loaded.special_tokens == gpt2.special_tokens
 
 
@@ -561,43 +595,43 @@ def test_older_forms_of_tokenizer_json(gpt2, tmp_path):
     (lambda s: s["model"]["vocab"].update(abc=999), "none with id"),
     (lambda s: s["model"]["merges"].append(["q", "zz"]), "no id for the token")])
 def test_files_that_would_give_other_ids_are_refused(change, words, tmp_path):
-    spec = bpe.tokenizer_json(BPETokenizer.train("low lower lowest " * 3, 262))
+    spec = vocabulary.tokenizer_json(Tokenizer.train("low lower lowest " * 3, 262))
     change(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     with pytest.raises(ValueError, match=words):
-        BPETokenizer.from_pretrained(tmp_path)
+        Tokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
 def test_each_gpt2_has_the_vocabulary_that_ships(name, gpt2, tmp_path, monkeypatch):
-    assert BPETokenizer.from_pretrained(name).__reduce__() == gpt2.__reduce__()
+    assert Tokenizer.from_pretrained(name).__reduce__() == gpt2.__reduce__()
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="needs tokenizer.json"):  # a folder goes before a name
-        BPETokenizer.from_pretrained(name)
+        Tokenizer.from_pretrained(name)
 
 
 def test_a_folder_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    tok = BPETokenizer.train("low lower lowest " * 3, 262)
+    tok = Tokenizer.train("low lower lowest " * 3, 262)
     tok.save_pretrained(tmp_path / "mine")
     for name in ("~/mine", Path("~/mine")):
-        assert BPETokenizer.from_pretrained(name).merges == tok.merges
+        assert Tokenizer.from_pretrained(name).merges == tok.merges
 
 
 def test_broken_and_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="needs tokenizer.json"):
-        BPETokenizer.from_pretrained(tmp_path)
+        Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": ', encoding="utf-8")
     with pytest.raises(ValueError, match="tokenizer.json, line 1: not valid JSON"):
-        BPETokenizer.from_pretrained(tmp_path)
+        Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="'gpt5'.*minigpt-chat"):
-        BPETokenizer.from_pretrained("gpt5")
+        Tokenizer.from_pretrained("gpt5")
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE"):
-        BPETokenizer.from_pretrained("no-such-owner/no-such-model")
+        Tokenizer.from_pretrained("no-such-owner/no-such-model")
     with pytest.raises(FileNotFoundError, match="vocab.bpe"):
-        BPETokenizer.from_gpt2(ASSETS / "gpt2" / "encoder.json", tmp_path / "vocab.bpe")
+        Tokenizer.from_gpt2(ASSETS / "gpt2" / "encoder.json", tmp_path / "vocab.bpe")
 
 
 def test_auto_tokenizer_loads_ours_with_the_chat_template(shipped, tmp_path, ledger):
@@ -628,7 +662,7 @@ def test_gpt2_files_are_written_back(gpt2, tmp_path):
         (files / "encoder.json").read_text(encoding="utf-8"))
     (tmp_path / "encoder.json").rename(tmp_path / "vocab.json")
     (tmp_path / "vocab.bpe").rename(tmp_path / "merges.txt")
-    assert BPETokenizer.from_pretrained(tmp_path).merges == gpt2.merges
+    assert Tokenizer.from_pretrained(tmp_path).merges == gpt2.merges
 
 
 def test_to_tiktoken_has_the_same_ids(shipped, gpt2, openai):
@@ -643,7 +677,7 @@ def test_to_tiktoken_has_the_same_ids(shipped, gpt2, openai):
 
 
 def test_to_tiktoken_refuses_ids_in_another_order(shipped):
-    mixed = BPETokenizer(shipped.token_bytes, shipped.merges[1::-1] + shipped.merges[2:], shipped.special_tokens)
+    mixed = Tokenizer(shipped.token_bytes, shipped.merges[1::-1] + shipped.merges[2:], shipped.special_tokens)
     with pytest.raises(ValueError, match="order of its merges"):
         mixed.to_tiktoken()
 
@@ -651,7 +685,7 @@ def test_to_tiktoken_refuses_ids_in_another_order(shipped):
 def test_more_than_65536_ids():
     every = [bytes([b]) for b in range(255, -1, -1)]
     pairs = [(a, b) for a in every for b in every]
-    tok = BPETokenizer(every + [a + b for a, b in pairs], pairs)
+    tok = Tokenizer(every + [a + b for a, b in pairs], pairs)
     theirs = tok.to_tiktoken()
     for text in fuzz("unicode words")[:100] + ["\x00\x00"]:
         assert tok.encode(text) == theirs.encode(text)
@@ -661,7 +695,7 @@ def test_more_than_65536_ids():
 
 def test_a_vocabulary_without_all_bytes_is_refused():
     with pytest.raises(ValueError, match="all 256 bytes"):
-        BPETokenizer([b"a", b"b"], [])
+        Tokenizer([b"a", b"b"], [])
 
 
 # ------------------------------------------------------------------ saving is all or nothing
@@ -674,12 +708,12 @@ def test_other_files_are_not_overwritten(shipped, gpt2, tmp_path):
         gpt2.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == before
     gpt2.save_pretrained(tmp_path, overwrite=True)
-    assert BPETokenizer.from_pretrained(tmp_path).vocab_size == 50257
+    assert Tokenizer.from_pretrained(tmp_path).vocab_size == 50257
 
 
 def test_a_killed_save_leaves_whole_files(tmp_path):
-    script = ("import sys, itertools\nfrom minigpt.bpe import BPETokenizer\n"
-              "both = [BPETokenizer.from_pretrained(n) for n in (None, 'gpt2')]\n"
+    script = ("import sys, itertools\nfrom minigpt.engine.tokenizer import Tokenizer\n"
+              "both = [Tokenizer.from_pretrained(n) for n in (None, 'gpt2')]\n"
               "for tok in itertools.cycle(both):\n    tok.save_pretrained(sys.argv[1], overwrite=True)\n"
               "    print('saved', flush=True)\n")
     for wait in (0.0, 0.05, 0.13):
@@ -687,17 +721,17 @@ def test_a_killed_save_leaves_whole_files(tmp_path):
             child.stdout.readline()
             time.sleep(wait)
             child.kill()
-        assert BPETokenizer.from_pretrained(tmp_path).vocab_size in (20_000, 50_257)
+        assert Tokenizer.from_pretrained(tmp_path).vocab_size in (20_000, 50_257)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a child process")
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_ctrl_c_ends_training_and_leaves_nothing(num_proc, tmp_path):
-    script = ("import itertools\nfrom minigpt.bpe import BPETokenizer\n"
+    script = ("import itertools\nfrom minigpt.engine.tokenizer import Tokenizer\n"
               "def endless():\n    print('started', flush=True)\n"
               "    for i in itertools.count():\n        yield f'word{i % 5000} and more ' * 50\n"
               "if __name__ == '__main__':\n"
-              f"    BPETokenizer.train(endless(), 5000, num_proc={num_proc}).save_pretrained('out')\n")
+              f"    Tokenizer.train(endless(), 5000, num_proc={num_proc}).save_pretrained('out')\n")
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=env, stdout=subprocess.PIPE,
@@ -714,14 +748,11 @@ def test_ctrl_c_ends_training_and_leaves_nothing(num_proc, tmp_path):
 
 def test_batches_in_two_processes(shipped):
     texts = [t for kind in KINDS for t in fuzz(kind)[:100]] + ["", "a<|im_end|>"] + [STORIES[:700_000]]
-    want = [shipped.encode(t, "all") for t in texts]
     try:
-        assert shipped.encode_batch(texts, "all", num_proc=2) == want
-        arrays = list(shipped.encode_iter(iter(texts), None, num_proc=2))
+        arrays = list(shipped.encode_iter(iter(texts), num_proc=2))
         assert [a.tolist() for a in arrays] == [shipped.encode_ordinary(t) for t in texts]
-        with pytest.raises(ValueError, match="special token"):
-            shipped.encode_batch(texts, num_proc=2)
-        assert shipped.encode_batch(["still here"], num_proc=2) == [shipped.encode("still here")]
+        [again] = shipped.encode_iter(["still here"], num_proc=2)
+        assert again.tolist() == shipped.encode("still here")
     finally:
         shipped.close()
 
@@ -735,7 +766,7 @@ def test_an_endless_stream_is_read_as_needed(shipped):
 
 def test_one_text_is_no_batch(shipped):
     with pytest.raises(TypeError, match="put it in a list"):
-        shipped.encode_batch("abc")
+        shipped.encode_iter("abc")
 
 
 def test_arrays_are_the_lists(gpt2):
@@ -751,18 +782,17 @@ def test_copies_through_pickle_are_equal(shipped):
 
 
 def test_a_full_cache_starts_afresh(gpt2):
-    words = bpe.WordCache(bpe.WordEncoder(gpt2), "H", limit=50)
-    units = bpe.UnitCache(words, limit=40)
-    for unit in bpe.split_units(STORIES[:20_000]):
-        assert np.frombuffer(units[unit], np.uint16).tolist() == gpt2.encode(unit)
-        assert len(words) <= 50 and len(units) <= 40
+    cache = fast_bpe.PieceCache(fast_bpe.WordEncoder(gpt2._ids, gpt2.merges), "H", limit=50)
+    for unit in fast_bpe._split_units(STORIES[:20_000]):
+        assert np.frombuffer(cache[unit], np.uint16).tolist() == gpt2.encode(unit)
+        assert len(cache) <= 50
 
 
 def test_merge_tree_has_the_tokens_of_the_encoder(gpt2):
     def leaves(tree):
         token, left, right = tree
         return [token] if left is None else leaves(left) + leaves(right)
-    for word in bpe.split_words(STORIES)[100:115] + [" unforgettably"]:
+    for word in split_words(STORIES)[100:115] + [" unforgettably"]:
         trees = bpe.merge_tree(gpt2, word)
         assert [gpt2.token_bytes.index(t[0]) for t in trees] == gpt2.encode(word)
         assert b"".join(b for t in trees for b in leaves(t)) == word.encode()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import (ChatSession, Conversation, OneAtATime, Shelf, as_documents, parse_transcript,
                           read_messages, transcript, turn_seed, write_messages)
 from minigpt.data import load_chats
@@ -29,7 +29,7 @@ WORDS = ["sun", " Fähre", " 😀", "\n", " 3.14", " it's", "  ", " 日本", " k
 
 @pytest.fixture(scope="module")
 def shipped():
-    return GPT2.from_pretrained(), BPETokenizer.from_pretrained()
+    return GPT2.from_pretrained(), Tokenizer.from_pretrained()
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def small(shipped):
 def byte_model():
     """A random model over single bytes: most of what it says is broken UTF-8."""
     torch.manual_seed(0)
-    tokenizer = BPETokenizer([m.encode() for m in MARKS] + [bytes([b]) for b in range(256)], [],
+    tokenizer = Tokenizer([m.encode() for m in MARKS] + [bytes([b]) for b in range(256)], [],
                              {m: i for i, m in enumerate(MARKS)})
     config = GPT2Config.preset("nano", vocab_size=259, block_size=256, n_layer=2, n_head=2, n_embd=32)
     return GPT2(config).eval(), tokenizer
@@ -163,13 +163,13 @@ def test_a_setting_changed_to_a_bad_value_is_found_at_the_next_message(small):
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(small):
     with pytest.raises(ValueError, match="50257 ids and the model 20000"):
-        load_pair(small[0], BPETokenizer.from_pretrained("gpt2"))
+        load_pair(small[0], Tokenizer.from_pretrained("gpt2"))
 
 
 def test_a_tokenizer_without_chat_marks_is_refused():
     config = GPT2Config.preset("nano", vocab_size=50257, block_size=64, n_layer=1, n_head=1, n_embd=8)
     with pytest.raises(ValueError, match=r"<\|im_start\|>"):
-        ChatSession(GPT2(config), BPETokenizer.from_pretrained("gpt2"))
+        ChatSession(GPT2(config), Tokenizer.from_pretrained("gpt2"))
 
 
 # ------------------------------------------------------------------ answers

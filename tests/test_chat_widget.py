@@ -10,7 +10,7 @@ import torch
 from browsers import BROWSER, contrast, jupyter_lab, launch, run_all_cells
 
 from minigpt import ui
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import ChatSession, read_messages, transcript
 from minigpt.generation import generate_options
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -268,7 +268,7 @@ def small():
     """A random model that answers nonsense quickly."""
     torch.manual_seed(0)
     config = GPT2Config.preset("nano", vocab_size=20000, block_size=128, n_layer=2, n_head=2, n_embd=32)
-    return GPT2(config).eval(), BPETokenizer.from_pretrained()
+    return GPT2(config).eval(), Tokenizer.from_pretrained()
 
 
 @pytest.mark.parametrize("settings", [

@@ -18,7 +18,7 @@ from command_line import one_line
 
 import minigpt
 from minigpt.engine import cli, terminal
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import ChatSession
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -43,7 +43,7 @@ def small_folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("small")
     config = GPT2Config.preset("nano", vocab_size=20000, block_size=256, n_layer=2, n_head=2, n_embd=32)
-    GPT2(config).eval().save_pretrained(folder, BPETokenizer.from_pretrained())
+    GPT2(config).eval().save_pretrained(folder, Tokenizer.from_pretrained())
     return folder
 
 
@@ -171,7 +171,7 @@ def broken(folder: Path, how: str) -> str:
         config.write_text("{", encoding="utf-8")
         return "config.json"
     if how == "other vocabulary":
-        BPETokenizer.from_pretrained("gpt2").save_pretrained(folder, overwrite=True)
+        Tokenizer.from_pretrained("gpt2").save_pretrained(folder, overwrite=True)
         return "50257"
     (folder / "tokenizer.json").unlink()
     return "tokenizer"
@@ -654,7 +654,7 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path):
 def test_ctrl_d_leaves_and_half_characters_are_not_shown(tmp_path):
     """A model over bytes, taught to answer in emoji, in a terminal: no replacement characters anywhere."""
     torch.manual_seed(0)
-    tokenizer = BPETokenizer([m.encode() for m in MARKS] + [bytes([b]) for b in range(256)], [],
+    tokenizer = Tokenizer([m.encode() for m in MARKS] + [bytes([b]) for b in range(256)], [],
                              {m: i for i, m in enumerate(MARKS)})
     model = GPT2(GPT2Config.preset("nano", vocab_size=259, block_size=96, n_layer=2, n_head=2, n_embd=64))
     ids = ChatSession(model, tokenizer, max_new_tokens=1).prompt("Hi")

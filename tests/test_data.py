@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from minigpt import data
-from minigpt.bpe import CHAT_TEMPLATE, BPETokenizer
+from minigpt.engine.tokenizer import CHAT_TEMPLATE, Tokenizer
 from minigpt.data import (
     ChatRenderer, MaskView, Rendered, TokenFile, WindowSampler, check_messages, dedupe,
     keep_lengths, load_chats, load_text, mix, oasst_threads, pack, split_held, text_of, tokenizer_hash)
@@ -37,7 +37,7 @@ def talk(*texts, system=None):
 
 @pytest.fixture(scope="module")
 def tok():
-    return BPETokenizer.from_pretrained()
+    return Tokenizer.from_pretrained()
 
 
 @pytest.fixture(scope="module")
@@ -632,7 +632,7 @@ def test_prompt_drops_the_oldest_and_keeps_system_and_question(tok, renderer):
 def test_stop_ids_and_missing_special_tokens(renderer):
     assert renderer.stop_ids == {0, 2}
     with pytest.raises(ValueError, match=r"<\|im_start\|>, <\|im_end\|>"):
-        ChatRenderer(BPETokenizer.from_pretrained("gpt2"))
+        ChatRenderer(Tokenizer.from_pretrained("gpt2"))
 
 
 def test_mask_view_escapes_and_marks(tok, renderer):
@@ -692,7 +692,7 @@ def test_processes_give_the_same_bytes(tmp_path, tok, chats):
 
 
 def test_gpt2_vocabulary_fits(tmp_path):
-    gpt2 = BPETokenizer.from_pretrained("gpt2")
+    gpt2 = Tokenizer.from_pretrained("gpt2")
     file = pack(["Hello world"], tmp_path / "g.bin", gpt2)
     assert file.ids.tolist() == [50256, 15496, 995] and file.vocab_size == 50257
 
@@ -708,12 +708,12 @@ def test_errors_of_pack(tmp_path, tok, stories, chats):
     with pytest.raises(ValueError, match="max_length=3 leaves room for no answer"):
         pack(chats[:9], tmp_path / "b.bin", tok, max_length=3)
     with pytest.raises(ValueError, match="<|im_start|>"):
-        pack(chats[:9], tmp_path / "b.bin", BPETokenizer.from_pretrained("gpt2"))
+        pack(chats[:9], tmp_path / "b.bin", Tokenizer.from_pretrained("gpt2"))
     with pytest.raises(TypeError, match="expected a text"):
         pack(["a", 3], tmp_path / "b.bin", tok)
     with pytest.raises(ValueError, match="a chat among texts"):
         pack(["a", chats[0]], tmp_path / "b.bin", tok)
-    large = BPETokenizer(tok.token_bytes + [b"x%d" % n for n in range(50_000)], tok.merges, tok.special_tokens)
+    large = Tokenizer(tok.token_bytes + [b"x%d" % n for n in range(50_000)], tok.merges, tok.special_tokens)
     with pytest.raises(ValueError, match="at most 65,536"):
         pack(["a"], tmp_path / "b.bin", large)
     assert sorted(p.name for p in tmp_path.glob("*.bin*")) == ["a.bin"]
@@ -724,7 +724,7 @@ def test_errors_of_token_files(tmp_path, tok, stories):
     pack(stories[:5], path, tok)
     assert TokenFile(path, tok).ids[0] == 0
     with pytest.raises(ValueError, match="was packed with the tokenizer") as error:
-        TokenFile(path, BPETokenizer.from_pretrained("gpt2"))
+        TokenFile(path, Tokenizer.from_pretrained("gpt2"))
     assert tokenizer_hash(tok) in str(error.value) and "50257" in str(error.value)
     with pytest.raises(FileNotFoundError, match="no token file at"):
         TokenFile(tmp_path / "none.bin")
@@ -740,15 +740,15 @@ def test_errors_of_token_files(tmp_path, tok, stories):
 
 def test_hash_changes_with_each_part_of_a_tokenizer(tok):
     swapped = [tok.merges[1], tok.merges[0], *tok.merges[2:]]
-    others = [BPETokenizer(tok.token_bytes, swapped, tok.special_tokens),
-              BPETokenizer([*tok.token_bytes, b"<new>"], tok.merges, {**tok.special_tokens, "<new>": 20_000}),
-              BPETokenizer(tok.token_bytes[:-1], tok.merges[:-1], tok.special_tokens)]
+    others = [Tokenizer(tok.token_bytes, swapped, tok.special_tokens),
+              Tokenizer([*tok.token_bytes, b"<new>"], tok.merges, {**tok.special_tokens, "<new>": 20_000}),
+              Tokenizer(tok.token_bytes[:-1], tok.merges[:-1], tok.special_tokens)]
     assert len({tokenizer_hash(t) for t in [tok, *others]}) == 4
 
 
 SLOW = """
 import sys, time
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.data import load_text, pack
 
 def slowly(texts):
@@ -758,7 +758,7 @@ def slowly(texts):
         yield text
 
 if __name__ == "__main__":
-    pack(slowly(load_text()), sys.argv[1], BPETokenizer.from_pretrained(), chunk=50_000, num_proc=int(sys.argv[2]))
+    pack(slowly(load_text()), sys.argv[1], Tokenizer.from_pretrained(), chunk=50_000, num_proc=int(sys.argv[2]))
 """
 
 

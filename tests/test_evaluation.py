@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.data import ChatRenderer, load_chats
 from minigpt.evaluation import (
     NOT_SAID, NGram, NGramDecoder, Question, Scored, Scores, accuracy_by_group, answer_chats, bits_per_byte, bleu,
@@ -19,7 +19,7 @@ from minigpt.gpt2 import GPT2, GPT2Config
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return BPETokenizer.from_pretrained()
+    return Tokenizer.from_pretrained()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_scores_of_a_row_are_those_of_cross_entropy(nano):
 
 def test_perplexity_and_bits_per_byte_of_texts(nano):
     token_bytes = [bytes([b]) for b in range(256)] + [b"<|endoftext|>"]
-    tokenizer = BPETokenizer(token_bytes, [], {"<|endoftext|>": 256})
+    tokenizer = Tokenizer(token_bytes, [], {"<|endoftext|>": 256})
     texts = ["héllo wörld 🦊", "plain", "狐 " * 30]
     nll, tokens = 0.0, 0
     for text in texts:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import minigpt
 
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.evaluation import load_questions
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.engine.lm_eval_adapter import TASKS
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
             p.data *= 3
     model.wte.weight.data *= 8
     folder = tmp_path_factory.mktemp("lm_eval") / "exported"
-    model.save_pretrained(folder, BPETokenizer.from_pretrained())
+    model.save_pretrained(folder, Tokenizer.from_pretrained())
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from command_line import minigpt, one_line
 
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine import evaluate
 from minigpt.engine.evaluate import _free_folder as free_folder
 from minigpt.data import ChatRenderer, load_chats
@@ -77,7 +77,7 @@ def test_an_untrained_model_is_at_the_bottom(reports):
 
 
 def test_a_model_without_chat_tokens_is_measured_in_plain_text():
-    tokenizer = BPETokenizer.from_pretrained("gpt2")
+    tokenizer = Tokenizer.from_pretrained("gpt2")
     torch.manual_seed(0)
     model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=16, block_size=256)).eval()
     report = run_suite(model, tokenizer, suite=Suite(4, 2, 2, 4))
@@ -101,7 +101,7 @@ def test_long_conversations_do_not_break_the_suite():
 
 def test_a_question_longer_than_the_room_does_not_end_the_suite():
     """It counts as answered with nothing, so that models of other lengths are compared on the same questions."""
-    tokenizer = BPETokenizer.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
     torch.manual_seed(0)
     model = GPT2(GPT2Config.preset("mini", n_layer=1, block_size=256)).eval()
     said = [[("user", "so " * 220), ("assistant", "Yes.")], [("user", "Hi"), ("assistant", "Hello!")]]

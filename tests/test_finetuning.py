@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt import finetuning as ft
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.data import ChatRenderer, TokenFile, load_chats, load_text, pack
 from minigpt.finetuning import (PackedRows, PairRows, PairStepper, best_fit, documents_apart, dpo, dpo_loss, encode_chats,
                                 finetune, load_pairs, measure, reply_all)
@@ -39,7 +39,7 @@ def chats():
 @pytest.fixture(scope="module")
 def tokenizer(chats):
     texts = [m["content"] for c in chats for m in c["messages"]]
-    return BPETokenizer.train(texts, 600, SPECIAL, progress=False)
+    return Tokenizer.train(texts, 600, SPECIAL, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_a_row_that_is_too_long_for_a_token_file_is_named(tokenizer, tmp_path):
 def test_models_and_folders_that_cannot_work_are_refused_before_any_work(chats, tokenizer, tmp_path):
     started = []
     options = {"callbacks": [lambda row, model: started.append(row)], **QUIET}
-    plain = BPETokenizer.train(["some text without chats"] * 9, 262, ["<|endoftext|>"], progress=False)
+    plain = Tokenizer.train(["some text without chats"] * 9, 262, ["<|endoftext|>"], progress=False)
     with pytest.raises(ValueError, match="no <|im_start|>, <|im_end|>"):
         finetune(tiny(vocab_size=262), chats, tokenizer=plain, **options)
     with pytest.raises(ValueError, match="600 ids, the model 700"):
@@ -287,7 +287,7 @@ def test_interrupted_and_resumed_is_uninterrupted(chats, tokenizer, renderer, tm
     ledger("fine-tuning resumed = uninterrupted (tensors that differ)", 0, bound=0)
     saved = GPT2.from_pretrained(tmp_path / "run" / "model")
     assert same(saved, whole.model)
-    assert BPETokenizer.from_pretrained(tmp_path / "run" / "model").encode("Hi") == tokenizer.encode("Hi")
+    assert Tokenizer.from_pretrained(tmp_path / "run" / "model").encode("Hi") == tokenizer.encode("Hi")
     with pytest.raises(ValueError, match="rows=|same data"):
         finetune(tiny(), some[:20], out=tmp_path / "run", resume="force", **options)
 
@@ -352,7 +352,7 @@ def test_held_rows_keep_whole_conversations_and_their_windows(chats, tokenizer, 
 
 
 def test_more_tokens_change_nothing_for_the_old_ones():
-    old, gpt2 = tiny(vocab_size=50257, loud=20), BPETokenizer.from_pretrained("gpt2")
+    old, gpt2 = tiny(vocab_size=50257, loud=20), Tokenizer.from_pretrained("gpt2")
     model, tokenizer = ft.add_chat_tokens(old, gpt2)
     text = "A text, and <|im_start|> is only text."
     assert tokenizer.encode_ordinary(text) == gpt2.encode(text)
@@ -514,8 +514,8 @@ import json, sys
 sys.path.insert(0, sys.argv[2])
 import test_finetuning as here
 import torch.distributed as dist
-from minigpt.bpe import BPETokenizer
-tokenizer, found = BPETokenizer.from_pretrained(f"{sys.argv[1]}/tokenizer"), {}
+from minigpt.engine.tokenizer import Tokenizer
+tokenizer, found = Tokenizer.from_pretrained(f"{sys.argv[1]}/tokenizer"), {}
 for kind in ("ddp", "fsdp"):
     for tune in (here.tune_chats, here.tune_pairs):
         result = tune(tokenizer, kind, f"{sys.argv[1]}/{kind} {tune.__name__}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import minigpt
 
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.data import load_chats
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -25,7 +25,7 @@ def run(*arguments, code=0):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     torch.manual_seed(0)
-    tokenizer = BPETokenizer.train([m["content"] for c in load_chats("chats", limit=200) for m in c["messages"]], 400,
+    tokenizer = Tokenizer.train([m["content"] for c in load_chats("chats", limit=200) for m in c["messages"]], 400,
                                    ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], progress=False)
     folder = tmp_path_factory.mktemp("models") / "base"
     GPT2(GPT2Config(vocab_size=400, block_size=192, n_layer=1, n_head=2, n_embd=16, bos_token_id=0, eos_token_id=0)
@@ -135,7 +135,7 @@ def test_bad_input(base, tmp_path, arguments, words):
 
 
 def test_gpt2s_tokenizer_needs_the_flag(tmp_path):
-    tokenizer = BPETokenizer.from_pretrained("gpt2")
+    tokenizer = Tokenizer.from_pretrained("gpt2")
     GPT2(GPT2Config(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "gpt2", tokenizer)
     data = written(tmp_path / "data", "alpaca.json")
     said = run(tmp_path / "gpt2", "--data", data, "--out", tmp_path / "run", *FAST, code=2)

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from minigpt import generation as g
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.data import ChatRenderer, load_chats
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return BPETokenizer.from_pretrained()
+    return Tokenizer.from_pretrained()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import minigpt
 
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine import generate_files
 from minigpt.generation import Decoder, Generation, beam_search, generate
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     """A small model with the shipped tokenizer: quick to start, meaningless to read."""
     import torch
     torch.manual_seed(0)
-    tokenizer = BPETokenizer.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
     model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=1, n_head=2, n_embd=16,
                             bos_token_id=0, eos_token_id=0))
     with torch.no_grad():
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(folder):
-    return GPT2.from_pretrained(folder), BPETokenizer.from_pretrained(folder)
+    return GPT2.from_pretrained(folder), Tokenizer.from_pretrained(folder)
 
 
 def test_arguments_file_and_pipe_give_the_same(folder, small, tmp_path):
@@ -129,7 +129,7 @@ def test_overwriting_keeps_the_mode_and_a_pipe_is_written_to(folder, tmp_path):
 
 
 def test_half_a_character_at_the_limit_is_no_stop():
-    tokenizer = BPETokenizer.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
     ids = tokenizer.encode("Yes 😀")
     assert tokenizer.decode(ids[:-1]).endswith("\ufffd")
     row = generate_files._as_row("?", Generation(ids[:-1], [-1.0] * 3, "length"), tokenizer, ["nothing"])

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from exercise_cells import exercises, said
 from minigpt import gpt2
 from minigpt.attention import attention, sdpa_attention
-from minigpt.bpe import BPETokenizer
-from minigpt.gpt2 import (ASSETS, GPT2, HUB_NAMES, PRESETS, Block, GPT2Config, KVCache, dequantize_rows,
+from minigpt.engine.tokenizer import Tokenizer
+from minigpt.gpt2 import (GPT2, HUB_NAMES, PRESETS, Block, GPT2Config, KVCache, dequantize_rows,
                           find_model, init_weights, logit_lens, plot_lens, quantize_rows, save_int8,
                           trace, trace_names)
 
@@ -233,7 +233,7 @@ def test_names_of_models(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="~nobody-of-this-name"):
         find_model("~nobody-of-this-name/model")
     with pytest.raises(FileNotFoundError, match="~nobody-of-this-name"):
-        BPETokenizer.from_pretrained("~nobody-of-this-name/model")
+        Tokenizer.from_pretrained("~nobody-of-this-name/model")
     with pytest.raises(ValueError, match="no/such/folder"):
         GPT2.from_pretrained("no/such/folder")
     (tmp_path / "gpt2").mkdir()
@@ -349,9 +349,9 @@ def test_files_that_cannot_be_put_back_are_not_lost(tiny, tmp_path, monkeypatch,
 
 def test_files_of_two_models_are_never_taken_for_one(tiny, tmp_path, monkeypatch):
     """Whenever weights are there, all files beside them are of the same save: a kill in between shows."""
-    tokenizer = BPETokenizer.train("low lower lowest " * 3, 262)
+    tokenizer = Tokenizer.train("low lower lowest " * 3, 262)
     config = replace(TINY, vocab_size=300)
-    GPT2(config).save_pretrained(tmp_path / "model", BPETokenizer.train("new newer newest " * 3, 262))
+    GPT2(config).save_pretrained(tmp_path / "model", Tokenizer.train("new newer newest " * 3, 262))
     GPT2(config).save_pretrained(tmp_path / "other", tokenizer)
 
     def files(folder):                             # without the lock, and what is written aside
@@ -393,7 +393,7 @@ def test_weights_are_as_readable_as_the_config(tiny, tmp_path, save):
 
 def test_tokenizer_with_more_ids_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="20000 ids.*only 50"):
-        tiny.save_pretrained(tmp_path / "m", BPETokenizer.from_pretrained())
+        tiny.save_pretrained(tmp_path / "m", Tokenizer.from_pretrained())
     assert not (tmp_path / "m").exists()
 
 
@@ -529,7 +529,7 @@ def test_plot_lens_shows_each_layers_guess(monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")
     torch.manual_seed(0)
-    tokenizer = BPETokenizer.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
     model = GPT2(GPT2Config.preset("nano", vocab_size=20000, n_layer=2, n_embd=16, n_head=2, block_size=32)).eval()
     text = "Tom said: $5 for\nthe red kite"
     ids = torch.tensor([tokenizer.encode(text)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.gpt2 import ASSETS, GPT2, GPT2Config, KVCache, dequantize_rows, quantize_rows, save_int8
 
 transformers = pytest.importorskip("transformers", reason="the peer is part of the dev extra")
@@ -67,7 +67,7 @@ def test_exact_gelu_is_kept_apart_from_tanh(tmp_path):
 
 
 def test_our_folder_opens_in_transformers(tmp_path, shipped, ledger):
-    tokenizer = BPETokenizer.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
     shipped.save_pretrained(tmp_path / "out", tokenizer)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     text = "Tell me a short story about a fox and a kite."
@@ -96,7 +96,7 @@ def test_the_int8_folder_is_refused_by_transformers_and_opened_here(tmp_path, sh
 
 def test_an_exported_folder_says_how_the_session_draws(tmp_path, shipped):
     from minigpt.chat import ChatSession
-    tokenizer = BPETokenizer.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
     shipped.save_pretrained(tmp_path / "out", tokenizer)
     theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     session = ChatSession(shipped, tokenizer)
@@ -165,7 +165,7 @@ def test_int8_loses_at_most_half_a_percent(shipped, ledger):
     """The loss of the shipped weights on the bundled held-out rows against the bf16 weights' (eval.json)."""
     from minigpt.data import ChatRenderer, load_chats
     report = json.loads((CHAT / "eval.json").read_text(encoding="utf-8"))
-    renderer, total, counted = ChatRenderer(BPETokenizer.from_pretrained()), 0.0, 0
+    renderer, total, counted = ChatRenderer(Tokenizer.from_pretrained()), 0.0, 0
     for chat in load_chats("held")[:120]:
         row = renderer.render(chat["messages"])
         ids, mask = torch.tensor([row.ids]), torch.tensor(row.mask[1:], dtype=torch.bool)

@@ -20,7 +20,7 @@ import torch
 from browsers import BROWSER, contrast, launch
 
 from minigpt import ui
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import ChatSession, read_messages, transcript
 from minigpt.engine.serving import free_port
 from minigpt.evaluation import Votes
@@ -543,7 +543,7 @@ def test_a_full_queue_is_told_and_ends(narrow, browser, alone):
 def small():
     torch.manual_seed(0)
     config = GPT2Config.preset("nano", vocab_size=20000, block_size=128, n_layer=2, n_head=2, n_embd=32)
-    return GPT2(config).eval(), BPETokenizer.from_pretrained()
+    return GPT2(config).eval(), Tokenizer.from_pretrained()
 
 
 def test_visitors_are_apart_and_leave(small):

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from minigpt import rag
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.data import ChatRenderer
 from minigpt.engine.documents import load_document
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -48,7 +48,7 @@ def queries(docs):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return BPETokenizer.from_pretrained()
+    return Tokenizer.from_pretrained()
 
 
 @pytest.fixture(scope="module")

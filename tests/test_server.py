@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client.parser import text_string_to_metric_families
 
 import minigpt.server
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.data import ChatRenderer
 from minigpt.engine.hub import load_pair
 from minigpt.engine.kernels import for_inference
@@ -39,7 +39,7 @@ def pair():
 def small():
     """A tiny model with random weights and the shipped tokenizer: quick, and it never ends by itself."""
     torch.manual_seed(0)
-    tokenizer = BPETokenizer.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
     model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, block_size=256, n_layer=2, n_head=2, n_embd=32,
                             bos_token_id=0, eos_token_id=0))
     with torch.no_grad():

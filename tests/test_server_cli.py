@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from command_line import minigpt, one_line
 
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine import serving
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     """A tiny model that goes on until it is told to stop."""
     import torch
     torch.manual_seed(0)
-    tokenizer = BPETokenizer.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
     model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, block_size=1024, n_layer=1, n_head=2, n_embd=16,
                             bos_token_id=0, eos_token_id=0))
     path = tmp_path_factory.mktemp("models") / "tiny"

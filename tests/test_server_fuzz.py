@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.server import Limits, create_app
 
 torch.manual_seed(0)
-TOKENIZER = BPETokenizer.from_pretrained()
+TOKENIZER = Tokenizer.from_pretrained()
 MODEL = GPT2(GPT2Config(vocab_size=TOKENIZER.vocab_size, block_size=64, n_layer=1, n_head=2, n_embd=16, bos_token_id=0,
                         eos_token_id=0))
 APP = create_app(MODEL, TOKENIZER, limits=Limits(max_tokens=8, timeout=20))

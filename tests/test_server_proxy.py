@@ -15,7 +15,7 @@ import pytest
 import torch
 from fastapi import Request
 
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.server import Limits, create_app, running
 
@@ -84,7 +84,7 @@ class Proxied:
 @pytest.fixture
 def proxied(tmp_path):
     torch.manual_seed(0)
-    tokenizer = BPETokenizer.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
     model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, block_size=256, n_layer=1, n_head=2, n_embd=16,
                             bos_token_id=0, eos_token_id=0))
     app = create_app(model, tokenizer, api_key=KEY, hosts=["127.0.0.1", NAME], limits=Limits(max_batch=1, max_queue=1))

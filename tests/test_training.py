@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from exercise_cells import exercises, said
 from minigpt import training as t
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine import tracking
 from minigpt.engine.runs import make_recipe
 from minigpt.data import TokenFile, WindowSampler, load_text, pack
@@ -513,7 +513,7 @@ def test_failing_evaluation_and_callback_do_not_end_the_run(tmp_path):
 
 def test_dropout_is_on_again_after_a_failed_evaluation_or_sample():
     model = tiny(dropout=0.5)
-    samples = tracking.Samples(BPETokenizer.from_pretrained(), [""], every=1)
+    samples = tracking.Samples(Tokenizer.from_pretrained(), [""], every=1)
     for fails in (lambda: t.held_out_loss(model.train(), Phase(stream(400, 1)).data, rows=0), lambda: samples({"step": 1}, model.train())):
         with pytest.raises(ValueError):
             fails()
@@ -571,8 +571,8 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path):
 # ------------------------------------------------------------------ bad input
 
 def test_tokens_of_another_tokenizer(tmp_path):
-    small = BPETokenizer.train(load_text(limit=30), 300, ["<|endoftext|>"], progress=False)
-    other = BPETokenizer.train(load_text(limit=60)[30:], 300, ["<|endoftext|>"], progress=False)
+    small = Tokenizer.train(load_text(limit=30), 300, ["<|endoftext|>"], progress=False)
+    other = Tokenizer.train(load_text(limit=60)[30:], 300, ["<|endoftext|>"], progress=False)
     data = pack(load_text(limit=30), tmp_path / "a.tokens", small, progress=False)
     config = TrainConfig(max_steps=1, batch_size=1)
     with pytest.raises(ValueError, match="another tokenizer.*vocab_size is 100"):
@@ -712,7 +712,7 @@ def test_batch_must_divide_by_the_processes():
 
 def test_stream_is_split_by_rank_and_resumes():
     datasets = pytest.importorskip("datasets")
-    tokenizer = BPETokenizer.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
     rows = datasets.Dataset.from_dict({"text": [f"number {i} is here" for i in range(64)]}).to_iterable_dataset(4)
 
     def read(sampler, batches):
@@ -740,7 +740,7 @@ def test_stream_is_split_by_rank_and_resumes():
 
 def test_stream_trains_and_resumes(tmp_path):
     datasets = pytest.importorskip("datasets")
-    tokenizer = BPETokenizer.train(load_text(limit=40), 300, ["<|endoftext|>"], progress=False)
+    tokenizer = Tokenizer.train(load_text(limit=40), 300, ["<|endoftext|>"], progress=False)
     rows = datasets.Dataset.from_dict({"text": load_text(limit=40)}).to_iterable_dataset()
     config = TrainConfig(max_steps=8, batch_size=2, save_every=4, log_every=1)
     results = []
@@ -853,7 +853,7 @@ def test_recipe_runs_resumes_and_answers(tmp_path):
     recipe = small_recipe()
     assert recipe["expect"]["held_perplexity"] > 1
     first = t.run_recipe(recipe, out=tmp_path / "run", changes=SMALL, progress=False)
-    tokenizer = BPETokenizer.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "run" / "model")
     assert tokenizer.vocab_size == 400 and first.history[-1]["held"] < math.log(400)
     loaded = GPT2.from_pretrained(tmp_path / "run" / "model")
     ids = torch.tensor([tokenizer.encode("The history of")])
@@ -880,7 +880,7 @@ def test_recipe_with_chats_in_two_phases(tmp_path):
 
 def test_recipe_with_packed_tokens(tmp_path):
     """What `minigpt data pack` writes, in place of texts: the same windows, so the same losses."""
-    tokenizer = BPETokenizer.train(load_text(limit=60), 300, ["<|endoftext|>"], progress=False)
+    tokenizer = Tokenizer.train(load_text(limit=60), 300, ["<|endoftext|>"], progress=False)
     tokenizer.save_pretrained(tmp_path / "words")
     for name, rows in (("a", load_text(limit=60)), ("b", load_text(limit=70)[60:])):
         pack(rows, tmp_path / f"{name}.tokens", tokenizer, progress=False)
@@ -921,7 +921,7 @@ def test_command_line_from_text_to_model(tmp_path, monkeypatch):
     small = [x for s in ("block_size=32", "batch_size=2", "eval_windows=2", "max_steps=4") for x in ("--set", s)]
     assert "step 4" in call(*line, *small) and list(Path("run/tensorboard").glob("events.*"))
     assert GPT2.from_pretrained("run/model").config.vocab_size == 300
-    assert BPETokenizer.from_pretrained("run/model").vocab_size == 300
+    assert Tokenizer.from_pretrained("run/model").vocab_size == 300
     with pytest.raises(ValueError, match="max_steps: 4 then, 6 now"):
         call(*line, *small, "--set", "max_steps=6", "--resume")
     assert "step 6" in call(*line, *small, "--set", "max_steps=6", "--force")
@@ -978,7 +978,7 @@ def test_changed_data_and_a_changed_tokenizer_are_not_passed_over(tmp_path):
         (tmp_path / "run" / "log.csv").unlink(missing_ok=True)
         result = t.run_recipe(recipe, out=tmp_path / "run", changes=changes, progress=False)
         newest = max((tmp_path / "run" / "data").glob("train-*.tokens"), key=lambda p: p.stat().st_mtime_ns)
-        return len(TokenFile(newest, BPETokenizer.from_pretrained(tmp_path / "run" / "tokenizer"))), result.model.config.vocab_size
+        return len(TokenFile(newest, Tokenizer.from_pretrained(tmp_path / "run" / "tokenizer"))), result.model.config.vocab_size
     first = tokens()
     assert tokens() == first
     (tmp_path / "a.txt").write_text("The fox met the dog. " * 200, encoding="utf-8")
@@ -1012,7 +1012,7 @@ def test_a_run_that_has_begun_keeps_its_tokenizer_and_tokens(tmp_path):
 def test_a_folder_of_texts_is_packed_anew_when_a_file_in_it_changes(tmp_path):
     (tmp_path / "texts" / "more").mkdir(parents=True)
     book = tmp_path / "texts" / "more" / "a.txt"
-    tokenizer = BPETokenizer.from_pretrained()
+    tokenizer = Tokenizer.from_pretrained()
     recipe = {"phase": [{"text": "texts"}]}
 
     def count():
@@ -1030,11 +1030,11 @@ def test_a_folder_of_texts_is_packed_anew_when_a_file_in_it_changes(tmp_path):
 def test_a_stream_cannot_be_split_and_names_its_columns():
     recipe = {"phase": [{"text": "wikitext", "stream": True}], "held": {"share": 0.05}}
     with pytest.raises(ValueError, match="a stream can't be split"):
-        t.recipe_phases(recipe, SHAPE, TrainConfig(), BPETokenizer.from_pretrained(), Path("nowhere"))
+        t.recipe_phases(recipe, SHAPE, TrainConfig(), Tokenizer.from_pretrained(), Path("nowhere"))
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"body": "a"}]).to_iterable_dataset()
     with pytest.raises(ValueError, match="no column 'text', but body"):
-        StreamSampler(rows, BPETokenizer.from_pretrained(), 8, 1).next_batch()
+        StreamSampler(rows, Tokenizer.from_pretrained(), 8, 1).next_batch()
 
 
 def test_unknown_recipe_lists_those_there_are():

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minigpt.bpe import BPETokenizer
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.data import ChatRenderer, load_chats
 from minigpt.gpt2 import GPT2, save_int8
 
@@ -25,7 +25,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "minigpt" / "assets"
 
 
 @torch.inference_mode()
-def held_loss(model: GPT2, tokenizer: BPETokenizer, chats: list[dict], batch: int = 16) -> dict[str, float]:
+def held_loss(model: GPT2, tokenizer: Tokenizer, chats: list[dict], batch: int = 16) -> dict[str, float]:
     """Mean loss in nats per assistant token and per token, each conversation alone (not packed)."""
     renderer = ChatRenderer(tokenizer)
     rows = sorted((renderer.render(c["messages"], model.config.block_size) for c in chats), key=lambda r: len(r.ids))
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("held", type=Path)
     args = parser.parse_args()
     target = ASSETS / "minigpt-chat"
-    tokenizer = BPETokenizer.from_pretrained(args.model)
+    tokenizer = Tokenizer.from_pretrained(args.model)
     original = GPT2.from_pretrained(args.model)
     save_int8(original, target, overwrite=True)
     shutil.copy(args.model / "tokenizer.json", target)

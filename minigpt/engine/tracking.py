@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..bpe import ASSETS, BPETokenizer
+from ..bpe import BPETokenizer
+from .files import ASSETS
 from .files import atomic_file, read_json
 from ..gpt2 import GPT2
 
