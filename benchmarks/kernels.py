@@ -14,7 +14,7 @@ import time
 import _common as c
 
 SHAPE = dict(vocab_size=20000, block_size=1024, n_layer=8, n_head=8, n_embd=512)  # minigpt-chat
-WITHOUT = {"full": ["", "blockwise", "summed_rows_loss"], "LoRA": ["", "summed_rows_loss", "LoraProduct"]}
+WITHOUT = {"full": ["", "blockwise", "summed_rows_loss", "PieceGELU", "sparse rows"], "LoRA": ["", "summed_rows_loss", "LoraProduct"]}
 
 
 def one(method: str, without: str, dtype: str, steps: int, batch: int, block: int) -> dict:
@@ -31,17 +31,22 @@ def one(method: str, without: str, dtype: str, steps: int, batch: int, block: in
     model = gpt2.GPT2(gpt2.GPT2Config(**SHAPE)).train()
     if method == "LoRA":
         lora.apply_lora(model, lora.LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"]))
-    loss_of = use_kernels(model)
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    loss_of = use_kernels(model, kind)
     if without == "blockwise":
         set_attn_implementation(model, "sdpa")
     if without == "summed_rows_loss":
         loss_of = training.summed_loss
+    if without == "PieceGELU":
+        for block in model.blocks:
+            block.mlp.act = torch.nn.GELU(approximate="tanh")
+    if without == "sparse rows":
+        model.wte.sparse = False
     if without == "LoraProduct":
         lora.lora_step = lambda base, x, A, B, config, training=False: base(x) + config.scale * F.linear(F.linear(x, A), B)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     x = torch.randint(SHAPE["vocab_size"], (batch, block))
     y = torch.roll(x, -1, dims=1)
-    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     clock = time.process_time if c.threads() == 1 else time.perf_counter
     seconds = []
     c.reset_peak_rss()

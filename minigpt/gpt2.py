@@ -132,11 +132,11 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.approximate = ACTIVATIONS[config.activation]
+        self.act = nn.GELU(approximate=ACTIVATIONS[config.activation])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.c_fc(x), approximate=self.approximate)  # (B, T, 4C)
-        return self.dropout(self.c_proj(h))                     # (B, T, C)
+        h = self.act(self.c_fc(x))             # (B, T, 4C)
+        return self.dropout(self.c_proj(h))    # (B, T, C)
 
 # %% ../nbs/03_gpt2.ipynb #block
 class Block(nn.Module):

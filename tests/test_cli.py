@@ -254,7 +254,7 @@ def test_export_takes_a_model_and_its_own_tokenizer(small_folder, tmp_path):
     import shutil
     folder = tmp_path / "mixed"
     shutil.copytree(small_folder, folder)
-    BPETokenizer.from_pretrained("gpt2").save_pretrained(folder, overwrite=True)
+    Tokenizer.from_pretrained("gpt2").save_pretrained(folder, overwrite=True)
     assert "50257" in one_line("export", tmp_path / "out", "--model", folder) and not (tmp_path / "out").exists()
 
 

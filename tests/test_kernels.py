@@ -220,6 +220,34 @@ def test_columns_subtract_in_the_product():
     assert (got - want).abs().max() < 1e-3 * 2 ** -10         # three columns hold 24 bits of the amount
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2 ** -5), (torch.float16, 2 ** -7)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gelu_in_pieces_and_its_slope(threads, dtype, bound, ledger):
+    """Against torch's in float64; the bounds are one unit of the last digit at 9."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.linspace(-9, 9, kernels.TanhGELU.PIECE * 2 + 77).to(dtype).requires_grad_()
+        y, slope = kernels.PieceGELU()(x), torch.autograd.grad(kernels.PieceGELU()(x).sum(), x)[0]
+    finally:
+        torch.set_num_threads(before)
+    wide = x.detach().double().requires_grad_()
+    right = F.gelu(wide, approximate="tanh")
+    right_slope, = torch.autograd.grad(right.sum(), wide)
+    assert y.dtype == slope.dtype == dtype
+    for name, mine, exact in (("value", y, right), ("slope", slope, right_slope)):
+        off = (mine.double() - exact.to(dtype).double()).abs().max().item()
+        ledger(f"GELU by sigmoid, {name}, {dtype}", off, peer="torch", bound=bound)
+        assert off <= bound
+
+
+def test_second_derivatives_of_gelu_are_refused():
+    x = torch.randn(kernels.TanhGELU.PIECE, dtype=torch.bfloat16, requires_grad=True)
+    for loss in (kernels.PieceGELU()(x).square().sum(), kernels.PieceGELU()(x).sum()):
+        with pytest.raises(RuntimeError, match="TanhGELU has no gradients of gradients"):
+            torch.autograd.grad(loss, x, create_graph=True)
+
+
 # ------------------------------------------------------------------ the loss in rows
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2 ** -7)])

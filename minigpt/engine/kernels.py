@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['first_order', 'minus_columns', 'attention_backward', 'BlockwiseAttention', 'in_blocks', 'blockwise_attention',
-           'RowsLoss', 'summed_rows_loss', 'use_kernels', 'LoraProduct', 'has_onednn', 'FastLinear', 'int8_engine',
-           'Int8Linear', 'best_time', 'blocks_win', 'without_hooks', 'shallow_copy', 'for_inference']
+           'RowsLoss', 'summed_rows_loss', 'TanhGELU', 'PieceGELU', 'use_kernels', 'LoraProduct', 'has_onednn',
+           'FastLinear', 'int8_engine', 'Int8Linear', 'best_time', 'blocks_win', 'without_hooks', 'shallow_copy',
+           'for_inference']
 
 # %% ../../nbs/engine/kernels.ipynb #imports
 import functools
@@ -185,6 +186,59 @@ def summed_rows_loss(
         logits = model(ids).flatten(0, 1)                   # (B * T, V)
     return RowsLoss.apply(logits, targets.flatten(), scale)
 
+# %% ../../nbs/engine/kernels.ipynb #gelu-piece
+def _gelu_piece(x: Tensor, y: Tensor, slope: Tensor | None,
+                room: Tensor) -> None:
+    """Write the tanh GELU of x (N,) into y, and its derivative into slope;
+    room (3, N), float32, is for all that lies between."""
+    a = 2 * math.sqrt(2 / math.pi)
+    wide, u, s = room
+    wide.copy_(x)
+    torch.addcmul(wide.new_full((), a), wide, wide, value=a * 0.044715, out=u)
+    torch.sigmoid(u.mul_(wide), out=s)
+    u.sub_(wide, alpha=2 / 3 * a)                    # x u' = 3 u - 2 a x
+    y.copy_(wide.mul_(s))
+    if slope is not None:
+        torch.ops.aten.sigmoid_backward(u, s, grad_input=u)
+        slope.copy_(s.add_(u, alpha=3))
+
+# %% ../../nbs/engine/kernels.ipynb #gelu-class
+class TanhGELU(torch.autograd.Function):
+    """GPT-2's GELU of 16-bit numbers on a CPU, any shape, piece by piece.
+
+    Keeps the slope for the way back, where other versions keep x.
+    """
+    PIECE = 2**16  # numbers at a time, for each thread
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        slope = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        flat = [None if t is None else t.view(-1) for t in (x, y, slope)]
+        size = TanhGELU.PIECE * torch.get_num_threads()
+        room = x.new_empty(3, min(size, x.numel()), dtype=torch.float32)
+        for start in range(0, x.numel(), size):
+            piece = [t if t is None else t[start:start + size] for t in flat]
+            _gelu_piece(*piece, room[:, :len(piece[0])])
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor) -> Tensor:
+        slope, = ctx.saved_tensors
+        return grad * slope
+
+
+class PieceGELU(nn.Module):
+    """nn.GELU(approximate="tanh") by TanhGELU, where there is much to do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() < TanhGELU.PIECE or torch.compiler.is_compiling():
+            return F.gelu(x, approximate="tanh")
+        return TanhGELU.apply(x)
+
 # %% ../../nbs/engine/kernels.ipynb #use-kernels
 def use_kernels(
         model: nn.Module,  # its attention layers are set to "blockwise"
@@ -196,6 +250,12 @@ def use_kernels(
     if not on_cpu or dtype == torch.float16:
         return None
     set_attn_implementation(model, "blockwise")
+    if dtype == torch.bfloat16:
+        for module in list(model.modules()):
+            if getattr(getattr(module, "act", None), "approximate",
+                       "") == "tanh":
+                module.act = PieceGELU()
+        model.wte.sparse = getattr(model, "lm_head", 0) is None  # tied
     return summed_rows_loss
 
 # %% ../../nbs/engine/kernels.ipynb #loraproduct
