@@ -6,6 +6,7 @@ engine modules import lessons and engine modules below them; `engine.cli` is the
 import ast
 import json
 import re
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -14,11 +15,11 @@ import pytest
 import minigpt
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from style import NOT_MOVED  # noqa: E402  lessons whose modules may still import the engine at the top
+
 NBS, LIB = ROOT / "nbs", ROOT / "minigpt"
 
-# Lessons that have not moved to their new form: their modules may import the engine at the top as well.
-NOT_MOVED = ("00_bpe", "01_data", "02_attention", "03_gpt2", "04_training", "05_generation", "06_evaluation", "07_finetuning",
-             "08_lora", "09_rag", "10_chat", "11_server", "12_ui")
 # Imports of earlier lessons may wait in functions here: searching an index needs no torch, which takes two seconds.
 LIGHT = {"rag"}
 
