@@ -21,7 +21,6 @@ import random
 import re
 import shutil
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from html import escape

@@ -17,6 +17,7 @@ __all__ = ['NUMBERS', 'ALLOWED', 'POSITIVE', 'PEAK_TFLOPS', 'MAY_CHANGE', 'MACHI
 
 # %% ../nbs/04_training.ipynb #imports
 import atexit
+import io
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import time
 import warnings
 import zlib
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from numbers import Integral, Real
 from pathlib import Path
@@ -49,7 +50,7 @@ from .data import (ROW_FILES, TEXT_FILES, TokenFile, Windows,
                           load_text, pack, split_held, tokenizer_hash)
 from .engine.devices import pick_device, pick_dtype, total_memory
 from .engine.files import (
-    atomic_file, atomic_folder, read_json, read_text, write_text)
+    atomic_folder, read_json, read_text, write_text)
 from .engine.locks import locked_folder
 from .engine.tokenizer import Tokenizer
 from .engine.tracking import (CSVLog, Meter, Samples, TensorBoardLog,

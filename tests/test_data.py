@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from minigpt import data
-from minigpt.engine.tokenizer import CHAT_TEMPLATE, Tokenizer
+from minigpt.engine.tokenizer import Tokenizer
+from minigpt.engine.vocabulary import CHAT_TEMPLATE
 from minigpt.data import (
     ChatRenderer, MaskView, Rendered, TokenFile, WindowSampler, check_messages, dedupe,
     keep_lengths, load_chats, load_text, mix, oasst_threads, pack, split_held, text_of, tokenizer_hash)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from exercise_cells import exercises, said
 from minigpt import gpt2
 from minigpt.attention import attention, sdpa_attention
+from minigpt.engine.files import ASSETS
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.gpt2 import (GPT2, HUB_NAMES, PRESETS, Block, GPT2Config, KVCache, dequantize_rows,
                           find_model, init_weights, logit_lens, plot_lens, quantize_rows, save_int8,
