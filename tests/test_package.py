@@ -19,7 +19,6 @@ import minigpt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import links  # noqa: E402
-import notebooks as tool  # noqa: E402
 
 HEAVY = ("torch", "gradio", "datasets", "matplotlib", "transformers", "ipywidgets", "numpy")
 
@@ -42,10 +41,6 @@ def test_versions_agree():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     latest = next(line for line in changelog.splitlines() if line.startswith("## "))
     assert latest.split()[1] == minigpt.__version__
-
-
-def test_readme_is_the_index_notebook():
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == tool.readme(), "python tools/notebooks.py readme"
 
 
 def test_ci_runs_the_readmes_test_line():

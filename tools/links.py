@@ -1,12 +1,10 @@
 """`python tools/links.py` writes from settings.ini what holds the address: badges, install cells, links of pages."""
-from __future__ import annotations
-
-import json
 import re
 from configparser import ConfigParser
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from notebooks import ROOT, as_text, read, source
+
 config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 ADDRESS, BRANCH = config["DEFAULT"]["git_url"], config["DEFAULT"]["branch"]
@@ -23,27 +21,30 @@ if importlib.util.find_spec("minigpt") is None:  # on Colab
 
 def with_cells(path: Path) -> str:
     """A lesson with its badge, which stands in one of its first two cells, and its install cell for Colab."""
-    nb = json.loads(path.read_text(encoding="utf-8"))
-    cells, text = nb["cells"], lambda cell: "".join(cell["source"])
+    nb = read(path)
+    cells = nb["cells"]
     place = f"{ADDRESS.removeprefix('https://github.com/')}/blob/{BRANCH}/{path.relative_to(ROOT).as_posix()}"
     badge = f"[![Open In Colab]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/{place})"
-    top = next((c for c in cells[:2] if BADGE.search(text(c))), None)
+    top = next((c for c in cells[:2] if BADGE.search(source(c))), None)
     if not top:
         cells.insert(1, top := {"cell_type": "markdown", "id": "badge", "metadata": {}, "source": badge})
-    code = next((c for c in cells if c["cell_type"] == "code" and 'find_spec("minigpt")' in text(c)), None)
+    code = next((c for c in cells if c["cell_type"] == "code" and 'find_spec("minigpt")' in source(c)), None)
     if not code:
         code = {"cell_type": "code", "execution_count": None, "id": "install", "metadata": {}, "outputs": []}
         cells.insert(2, code)
-    top["source"] = BADGE.sub(badge, text(top)).splitlines(keepends=True)
+    top["source"] = BADGE.sub(badge, source(top)).splitlines(keepends=True)
     code["source"] = INSTALL.splitlines(keepends=True)
-    return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    return as_text(nb)
 
 
 def written() -> dict[Path, str]:
     """Each file that holds the address, as it has to be."""
+    site = re.sub(r"https://github\.com/[\w.-]+/[\w.-]+", ADDRESS, (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    site = re.sub(r"(?m)^(  site-url: ).*", rf"\g<1>{config['DEFAULT']['doc_url']}", site)
     pages = [ROOT / "README.md", ROOT / "nbs" / "index.ipynb", *(p for p in ROOT.glob("deploy/**/*") if p.is_file())]
     lessons = [*ROOT.glob("nbs/[0-9]*.ipynb"), *ROOT.glob("nbs/deeper/*.ipynb")]
-    return {p: LINK.sub(ADDRESS, p.read_text(encoding="utf-8")) for p in pages} | {p: with_cells(p) for p in lessons}
+    return {p: LINK.sub(ADDRESS, p.read_text(encoding="utf-8")) for p in pages} | {ROOT / "_quarto.yml": site} | {
+        p: with_cells(p) for p in lessons}
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
 """The two pages that are made of measurements: nbs/exactness.md and nbs/benchmarks.md.
 
     python tools/pages.py            both anew, from nbs/exactness.json and benchmarks/results/*.json
-    python tools/pages.py LEDGER     first take over the figures of a run that passed: MINIGPT_LEDGER=LEDGER python -m pytest
+    python tools/pages.py LEDGER     first take over the figures of MINIGPT_LEDGER=LEDGER python -m pytest, if it passed
 
-A test notes a figure of exactness with the fixture `ledger` (tests/conftest.py): a name, the measured value, the peer, the
-bound. PROMISES lists what the course promises to prove. The benchmarks are measured by benchmarks/run_all.py; a ratio
-says how many times as fast minigpt is as the peer, in the same run on the same machine.
+A test notes a figure of exactness with the fixture `ledger` (tests/conftest.py): a name, the measured value, the peer,
+the bound. The benchmarks are measured by benchmarks/run_all.py; a ratio says how many times as fast minigpt is as the
+peer, in the same run on the same machine.
 """
-from __future__ import annotations
-
 import itertools
 import json
-import math
 import platform
 import re
 import sys
@@ -41,8 +38,6 @@ def plain(text: str) -> str:
     return re.sub(r"([\\|*_\[\]<>$`])", r"\\\1", text)
 
 
-# ------------------------------------------------------------------ exactness
-
 # What is promised -> the tests that prove it (file::function, a regular expression), and its notebook.
 PROMISES = json.loads((ROOT / "tests" / "promises.json").read_text(encoding="utf-8"))
 
@@ -53,13 +48,9 @@ def ledger_tests() -> set[str]:
             for name in re.findall(r"def (test_\w+)\([^)]*\bledger\b", path.read_text(encoding="utf-8"))}
 
 
-def number_of(value) -> float:
-    return value if isinstance(value, (int, float)) else math.nan
-
-
 def at_least(row: dict) -> bool:
     """Whether the bound is a lower one: the test has passed, so a figure over its bound was meant to be."""
-    return number_of(row["value"]) > number_of(row["bound"])
+    return row["value"] > row["bound"]
 
 
 def read_ledger(path: Path) -> list[dict]:
@@ -68,7 +59,7 @@ def read_ledger(path: Path) -> list[dict]:
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         row["test"] = Path(row["test"].partition("[")[0]).as_posix().removeprefix("tests/")
-        badness = -number_of(row["value"]) if at_least(row) else number_of(row["value"])
+        badness = -row["value"] if at_least(row) else row["value"]
         key = row["name"], row["peer"]
         if key not in worst or badness > worst[key][0]:
             worst[key] = badness, row
@@ -79,7 +70,8 @@ def take_over(ledger: Path) -> None:
     """Put a ledger's figures in the place of those that the same tests had noted; those of tests that are gone go."""
     fresh, known = read_ledger(ledger), json.loads(FIGURES.read_text(encoding="utf-8"))["rows"]
     gone = {row["test"] for row in fresh} | {row["test"] for row in known} - ledger_tests()
-    rows = sorted(fresh + [row for row in known if row["test"] not in gone], key=lambda r: (r["test"], r["name"], r["peer"]))
+    rows = fresh + [row for row in known if row["test"] not in gone]
+    rows.sort(key=lambda row: (row["test"], row["name"], row["peer"]))
     data = {"date": date.today().isoformat(), "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}", "rows": rows}
     FIGURES.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8", newline="\n")
@@ -96,10 +88,11 @@ def proofs(rows: list[dict], tests: str) -> list[dict]:
 def promise(text: str, tests: str, notebook: str, rows: list[dict]) -> list:
     """A row of the table of promises: with the worst figure under each bound, as rounding differs between dtypes."""
     found = proofs(rows, tests)
-    worst = {bound: max(number_of(row["value"]) for row in found if row["bound"] == bound)
+    worst = {bound: max(row["value"] for row in found if row["bound"] == bound)
              for bound in sorted({row["bound"] for row in found})}
     names = "".join(dict.fromkeys(f"<br>`{row['test'].rpartition('::')[2]}`" for row in found))
-    return [f"{text} ([{notebook[:2]}]({notebook}.ipynb)){names}", ", ".join(dict.fromkeys(map(peer, found))), len(found),
+    peers = ", ".join(dict.fromkeys(map(peer, found)))
+    return [f"{text} ([{notebook[:2]}]({notebook}.ipynb)){names}", peers, len(found),
             ", ".join(f"{figure(value)} (bound {figure(bound)})" for bound, value in worst.items())]
 
 
@@ -108,32 +101,28 @@ def exactness() -> str:
     parts = [f"Measured on {data['date']} with Python {data['python']} on {data['system']}, on the CPU.",
              table(["promise", "compared with", "figures", "largest difference"],
                    [promise(text, *how, data["rows"]) for text, how in PROMISES.items()]), "## Every figure"]
-    for file in dict.fromkeys(row["test"].partition("::")[0] for row in data["rows"]):
+    for file, found in itertools.groupby(data["rows"], lambda row: row["test"].partition("::")[0]):
         rows = [[f"{plain(row['name'])}<br>`{row['test'].partition('::')[2]}`", peer(row), figure(row["value"]),
-                 "at least " * at_least(row) + figure(row["bound"])] for row in data["rows"] if row["test"].startswith(file)]
+                 "at least " * at_least(row) + figure(row["bound"])] for row in found]
         parts += [f"### {file}", table(["what is compared", "with", "measured", "bound"], rows)]
     return "\n\n".join(parts)
 
 
-# ------------------------------------------------------------------ benchmarks
-
 SPECS = json.loads((ROOT / "benchmarks" / "benchmarks.json").read_text(encoding="utf-8"))  # explained in run_all.py
-Ratio = namedtuple("Ratio", "case ours theirs our_figure their_figure ratio low high")  # low, high: the ends of the spread
+OURS = ("minigpt", "pack", "ours", "SDPA")      # how the names of our own rows begin
+Ratio = namedtuple("Ratio", "case ours theirs our_figure their_figure ratio low high")  # low, high: of the spread
 
 
-def named(row: dict, columns: tuple[str, ...]) -> str:
+def named(row: dict, columns: list[str]) -> str:
     return ", ".join(f"{c} {row[c]}" if isinstance(row[c], int) else str(row[c]) for c in columns)
 
 
-def is_ours(name: str) -> bool:
-    return name.startswith("minigpt") or name in ("pack", "ours", "SDPA")
-
-
 def comparable(ours: str, theirs: str) -> bool:
-    """Whether two rows of a group are a fair pair: not a sketch of the harness, and alike in what the name says (arrays
-    with arrays, beams with beams, int8 with int8; the decoder on live weights is a step of the course, not a result)."""
+    """Whether two rows of a group are a fair pair: not a sketch of the harness, and alike in what the name says (beams
+    with beams, int8 with int8; the decoder on live weights is a step of the course, not a result)."""
     alike = all((word in ours) == (word in theirs) for word in ("numpy", "4 beams", "int8", "LoRA"))
-    return is_ours(ours) and not is_ours(theirs) and alike and "sketch" not in theirs and "live weights" not in ours
+    named_so = ours.startswith(OURS) and not theirs.startswith(OURS)
+    return named_so and alike and "sketch" not in theirs and "live weights" not in ours
 
 
 def speeds(row: dict, metric: dict) -> tuple[float, float, float]:
@@ -151,7 +140,8 @@ def ratios(bench: str, rows: list[dict]) -> list[Ratio]:
         figures = row.get(metric["column"]), other.get(metric["column"])
         if named(other, spec["group"]) == case and comparable(ours, theirs) and all(figures):
             a, b = speeds(row, metric), speeds(other, metric)
-            found.append(Ratio(f"{case or '-'}: {metric['label']}", ours, theirs, *figures, a[1] / b[1], a[0] / b[2], a[2] / b[0]))
+            found.append(Ratio(f"{case or '-'}: {metric['label']}", ours, theirs, *figures,
+                               a[1] / b[1], a[0] / b[2], a[2] / b[0]))
     return found
 
 
@@ -166,13 +156,13 @@ def bench_table(spec: dict, rows: list[dict], pairs: list[Ratio]) -> str:
     if not spec.get("who"):
         return table(spec["columns"], [[figure(row[c]) for c in spec["columns"]] for row in rows])
     return table(["case", "ours", "peer", "our figure", "the peer's", "ratio", "spread"], [
-        [*r[:3], figure(r.our_figure), figure(r.their_figure), f"**{r.ratio:.2f}**", f"{r.low:.2f} to {r.high:.2f}"] for r in pairs])
+        [*r[:3], figure(r[3]), figure(r[4]), f"**{r.ratio:.2f}**", f"{r.low:.2f} to {r.high:.2f}"] for r in pairs])
 
 
 def benchmarks(kept: dict[str, dict]) -> str:
     """The page; kept: the results by name."""
     pairs = {name: ratios(name, one["result"]["rows"]) for name, one in kept.items()}
-    lost = [[SPECS[name]["title"], *r[:3], f"{r.ratio:.2f}"] for name, found in pairs.items() for r in found if r.ratio < 1]
+    lost = [[SPECS[name]["title"], *r[:3], f"{r.ratio:.2f}"] for name in pairs for r in pairs[name] if r.ratio < 1]
     parts = [table(["what", "case", "minigpt", "peer", "ratio"], sorted(lost, key=lambda row: row[-1]))]
     for name, one in kept.items():
         spec = SPECS[name]
@@ -189,7 +179,7 @@ def pages() -> dict[Path, str]:
     kept = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in SPECS
             if (RESULTS / f"{name}.json").exists()}
     made = {NBS / "exactness.md": exactness(), NBS / "benchmarks.md": benchmarks(kept)}
-    return {path: re.sub(r"(?s)(\n## .*?\n).*", lambda m: f"{m[1]}\n{body}\n", path.read_text(encoding="utf-8"), count=1)
+    return {path: re.match(r"(?s).*?\n## .*?\n", path.read_text(encoding="utf-8"))[0] + f"\n{body}\n"
             for path, body in made.items()}
 
 
