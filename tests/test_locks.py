@@ -1,4 +1,5 @@
 """engine/locks: real processes with one output; a lock of a dead process is none."""
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from minigpt.engine import locks
 from minigpt.engine.files import write_text
-from minigpt.engine.locks import locked
+from minigpt.engine.locks import locked, locked_folder
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX files")
 
@@ -108,3 +109,47 @@ def test_a_lock_file_that_was_removed_is_no_lock(tmp_path, monkeypatch):
     with locked(path):
         assert (tmp_path / ".out.lock").exists()
     assert len(tries) == (2 if os.name != "nt" else 1)
+
+
+@POSIX
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF, errno.ENOSYS])
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, "no locks here")
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    write_text(tmp_path / "a", "text")
+    assert names(tmp_path) == ["a"]
+
+
+@POSIX
+def test_a_lock_file_of_somebody_else_is_no_obstacle(tmp_path, monkeypatch):
+    """It may not be opened for writing; reading is enough for a lock. A folder that may not be written is told so."""
+    opened = os.open
+
+    def mine_alone(path, flags, *mode):
+        if str(path).endswith(".lock") and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *mode)
+    monkeypatch.setattr(os, "open", mine_alone)
+    (tmp_path / ".a.lock").touch(mode=0o444)
+    with locked(tmp_path / "a"):
+        pass
+    with pytest.raises(PermissionError) as error, locked(tmp_path / "b"):
+        pass
+    assert error.value.filename == str(tmp_path / "b")
+
+
+def test_a_folder_is_held_and_an_empty_one_goes_again(tmp_path):
+    run = tmp_path / "runs" / "a"
+    with pytest.raises(ZeroDivisionError), locked_folder(run):
+        assert run.is_dir()
+        1 / 0
+    assert not run.exists()
+    with locked_folder(run):
+        (run / "log").touch()
+        with locked_folder(run), locked(run):      # the same thread
+            pass
+        assert names(run) == [".a.lock", "log"]
+    assert names(run) == ["log"]
+    with pytest.raises(FileExistsError, match="log is a file: give a folder"), locked_folder(run / "log"):
+        pass

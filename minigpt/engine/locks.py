@@ -19,7 +19,7 @@ except ImportError:                                          # Windows
     fcntl = None
 
 # %% ../../nbs/engine/locks.ipynb #try-lock
-UNKNOWN = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK, errno.EDEADLK}
 
 
 def _try_lock(handle: int) -> bool:
@@ -31,15 +31,26 @@ def _try_lock(handle: int) -> bool:
             import msvcrt
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
     except OSError as error:
-        return error.errno in UNKNOWN    # a file system that has no locks
+        return error.errno not in HELD   # else this system has no locks
     return True
 
 # %% ../../nbs/engine/locks.ipynb #open-lock
+def _open(file: Path) -> int:
+    """A handle of a lock file, which is made if it is not there."""
+    flags = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        return os.open(file, os.O_RDWR | flags, 0o666)
+    except PermissionError:
+        if not file.exists():
+            raise
+        return os.open(file, os.O_RDONLY)    # somebody else's, left behind
+
+
 def _open_lock(file: Path, path: Path) -> int:
     """A handle of the lock file that is locked, and that is still there."""
     while True:
         try:
-            handle = os.open(file, os.O_RDONLY | os.O_CREAT, 0o666)
+            handle = _open(file)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
         if not _try_lock(handle):
