@@ -836,7 +836,7 @@ def save_run(run: Run, last: bool = False) -> bool:
         run.saved.save(run.step, weights, moments, state,
                        asdict(run.model.config))
         return True
-    except Exception as problem:
+    except OSError as problem:
         kept = run.saved.newest()
         message = (f"the checkpoint of step {run.step} could not be written "
                    f"({problem}); " + ("there is none yet" if kept is None
