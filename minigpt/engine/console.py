@@ -17,13 +17,15 @@ from opcode import opmap
 from typing import Any
 
 # %% ../../nbs/engine/console.ipynb #printable-code
-def printable(text: str) -> str:
+def printable(text: str  # any text
+              ) -> str:
     """`text` without control characters, newline and tab excepted."""
     return "".join(c for c in text
                    if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 # %% ../../nbs/engine/console.ipynb #explain
-def explain(error: BaseException) -> str:
+def explain(error: BaseException  # of any kind
+            ) -> str:
     """An error as one line of text."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -45,7 +47,8 @@ def _raised_on_purpose(error: BaseException) -> bool:
             and code[trace.tb_lasti] == opmap["RAISE_VARARGS"])
 
 # %% ../../nbs/engine/console.ipynb #is-for-user
-def is_for_user(error: BaseException) -> bool:
+def is_for_user(error: BaseException  # with its traceback
+                ) -> bool:
     """Whether an error is meant for the user, and not for a programmer."""
     kind = type(error).__name__
     if isinstance(error, (OSError, MemoryError)) or kind == "OutOfMemoryError":

@@ -54,7 +54,9 @@ class Document:
 MAX_BYTES = 50_000_000
 
 
-def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
+def read_bytes(path: str | Path,  # a file
+               max_bytes: int = MAX_BYTES  # the most it may have
+               ) -> bytes:
     """The bytes of a file; ValueError if it has more than `max_bytes`."""
     path = Path(path)
     if not path.is_file():
@@ -67,7 +69,9 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     return path.read_bytes()
 
 # %% ../../nbs/engine/documents.ipynb #decode
-def decode(data: bytes, path: str | Path) -> str:
+def decode(data: bytes,  # what a file holds
+           path: str | Path  # what errors call it
+           ) -> str:
     """UTF-8 text with plain line ends; ValueError if it is something else."""
     if b"\0" in data[:8192]:
         raise ValueError(f"{path} is a binary file: it holds zero bytes")
@@ -230,7 +234,10 @@ LOADERS = {
     ".htm": html_document, ".ipynb": notebook_document, ".pdf": pdf_document}
 
 
-def parse_document(data: bytes, path: Path, source: str) -> Document:
+def parse_document(data: bytes,  # what a file holds
+                   path: Path,  # its ending tells the kind
+                   source: str  # what citations call it
+                   ) -> Document:
     """The document in the bytes of a file; ValueError if there is none."""
     loader = LOADERS.get(path.suffix.lower())
     if loader is None:
@@ -244,7 +251,9 @@ def parse_document(data: bytes, path: Path, source: str) -> Document:
     return replace(document, text=text)
 
 # %% ../../nbs/engine/documents.ipynb #load-document
-def load_document(path: str | Path, max_bytes: int = MAX_BYTES) -> Document:
+def load_document(path: str | Path,  # a file
+                  max_bytes: int = MAX_BYTES  # the most it may have
+                  ) -> Document:
     """Read a txt, md, html, ipynb or pdf file.
 
     Raises FileNotFoundError; ValueError for a file that is too large,
@@ -253,7 +262,7 @@ def load_document(path: str | Path, max_bytes: int = MAX_BYTES) -> Document:
     return parse_document(read_bytes(path, max_bytes), Path(path), str(path))
 
 # %% ../../nbs/engine/documents.ipynb #find-documents
-def find_documents(sources: str | Path | Sequence[str | Path]
+def find_documents(sources: str | Path | Sequence[str | Path]  # of either
                    ) -> list[tuple[Path, str, bool]]:
     """(path, name, named itself) of the documents in files and folders.
 
@@ -304,7 +313,8 @@ def breaks(text: str, start: int, end: int) -> Iterator[tuple]:
     yield end, end, True
 
 # %% ../../nbs/engine/documents.ipynb #split-units
-def split_units(text: str, start: int, end: int, size: int
+def split_units(text: str, start: int, end: int,
+                size: int  # the most characters of a unit
                 ) -> list[tuple[int, int, bool]]:
     """Units of text[start:end], none longer than `size`, as (start, end,
     ends a paragraph)."""
@@ -356,12 +366,13 @@ class Passage:
 SIZE, OVERLAP = 600, 120
 
 
-def chunk(document: Document, size: int = SIZE, overlap: int = OVERLAP
+def chunk(document: Document,
+          size: int = SIZE,  # the most characters of a passage
+          overlap: int = OVERLAP  # how many the next one may repeat
           ) -> list[Passage]:
     """Cut a document into passages that never cross a heading.
 
-    size: the most characters of a passage; overlap: how many of them the
-    next one may repeat. Raises ValueError unless 0 <= overlap < size.
+    Raises ValueError unless 0 <= overlap < size.
     """
     check_sizes(size, overlap)
     d, passages = document, []
@@ -374,7 +385,9 @@ def chunk(document: Document, size: int = SIZE, overlap: int = OVERLAP
     return passages
 
 # %% ../../nbs/engine/documents.ipynb #check-sizes
-def check_sizes(size: int, overlap: int) -> None:
+def check_sizes(size: int,  # of a passage, characters
+                overlap: int  # of two passages, characters
+                ) -> None:
     """ValueError unless size is 20 or more and 0 <= overlap < size."""
     if size < 20 or not 0 <= overlap < size:
         raise ValueError(f"size={size} must be 20 characters or more, and "

@@ -12,14 +12,14 @@ from ..bpe import BPETokenizer
 from ..gpt2 import GPT2
 
 # %% ../../nbs/engine/hub.ipynb #load-pair
-def load_pair(model: GPT2 | str | Path | None = None,
-              tokenizer: BPETokenizer | None = None,
-              device: str | None = None) -> tuple[GPT2, BPETokenizer]:
+def load_pair(model: GPT2 | str | Path | None = None,  # None: the shipped one
+              tokenizer: BPETokenizer | None = None,  # None: the model's own
+              device: str | None = None  # of a model that is loaded here
+              ) -> tuple[GPT2, BPETokenizer]:
     """A model and the tokenizer that belongs to it.
 
-    model: a GPT2, or what `GPT2.from_pretrained` takes (None: the shipped
-      model); the tokenizer is then looked for in the same place.
-    device: where a model that is loaded here goes (None: the CPU).
+    model: a GPT2, or what `GPT2.from_pretrained` takes; the tokenizer is
+      then looked for in the same place.
     Raises ValueError if the two have different numbers of ids.
     """
     name = None if isinstance(model, GPT2) else model

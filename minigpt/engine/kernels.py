@@ -22,7 +22,8 @@ from ..attention import (ATTENTION, sdpa_attention,
                                set_attn_implementation)
 
 # %% ../../nbs/engine/kernels.ipynb #back-first
-def first_order(backward: Callable) -> Callable:
+def first_order(backward: Callable  # of an autograd.Function
+                ) -> Callable:
     """Decorate the backward of an autograd.Function that has none itself.
 
     Asked for gradients of gradients (create_graph=True) it then raises
@@ -385,6 +386,8 @@ def blocks_win(weight: Tensor) -> bool:
 @functools.cache
 def without_hooks(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass whose instances run forward() at once when called."""
+    if "__call__" in vars(kind):               # it is one already
+        return kind
     return type(kind.__name__, (kind,), {"__call__": kind.forward})
 
 # %% ../../nbs/engine/kernels.ipynb #share

@@ -81,15 +81,15 @@ def read_settings(settings: dict, stop_ids: Sequence[int]
 class MiniGPTLM(LM):
     """A minigpt model behind the interface of lm-eval (`--model minigpt`).
 
-    pretrained: None for the shipped model, a folder, or a hub name.
-    batch_size: rows of full length in one pass ("auto" is 8; with 1,
-      lm-eval's default, short rows still share a pass).
-    max_batch_size: taken because lm-eval sends it; not used.
+    Without a name it is the shipped model. With a batch of 1, lm-eval's
+    default, short rows still share a pass.
     """
 
-    def __init__(self, pretrained: str | None = None, *,
-                 batch_size: int | str = 1, device: str | None = None,
-                 max_batch_size: int | None = None):
+    def __init__(self, pretrained: str | None = None,  # folder or hub name
+                 *, batch_size: int | str = 1,  # full rows; "auto" is 8
+                 device: str | None = None,
+                 max_batch_size: int | None = None  # sent, not used
+                 ):
         super().__init__()
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             device = None  # lm-eval's default, also where there is none
@@ -180,7 +180,8 @@ def sign_in() -> bool:
 sign_in()
 
 # %% ../../nbs/engine/lm_eval_adapter.ipynb #runlmeval
-def run_lm_eval(arguments: Sequence[str]) -> None:
+def run_lm_eval(arguments: Sequence[str]  # as typed behind lm-eval
+                ) -> None:
     """lm-eval's own command line, with the minigpt model signed in.
 
     Raises ValueError if lm-eval is not installed, or does not like them.

@@ -293,7 +293,8 @@ def _table(reports: Sequence[dict]) -> list[list[str]]:
         [m, *(rows.get(m, "-") for rows in columns)] for m in measures]
 
 # %% ../../nbs/engine/report.ipynb #table
-def report_table(reports: Sequence[dict]) -> str:
+def report_table(reports: Sequence[dict]  # of run_suite
+                 ) -> str:
     """Reports side by side as a table of plain text."""
     lines = _table(reports)
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -308,7 +309,8 @@ def paired_gain(a: Sequence[float], b: Sequence[float]) -> Estimate:
                      lambda s: (s[1] - s[0]) / s[2])
 
 # %% ../../nbs/engine/report.ipynb #compare
-def compare(a: dict, b: dict) -> dict[str, Estimate]:
+def compare(a: dict, b: dict  # reports of run_suite
+            ) -> dict[str, Estimate]:
     """Differences b - a between two reports, with paired intervals.
 
     Raises ValueError unless both measured the same documents.
@@ -340,7 +342,7 @@ def _bars(ax, reports: Sequence[dict], pick: Callable[[dict], dict]) -> None:
     ax.invert_yaxis()
 
 
-def draw_report(reports: Sequence[dict]):
+def draw_report(reports: Sequence[dict]):  # of run_suite
     """A matplotlib figure of four panels that compares reports."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 8), layout="constrained")

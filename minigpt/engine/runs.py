@@ -131,7 +131,8 @@ def finetune_files(model: str,  # folder or name of what is tuned
                        too_long=too_long, **shared)
 
 # %% ../../nbs/engine/runs.ipynb #say-end
-def say_end(result) -> int:
+def say_end(result  # of train, finetune or dpo
+            ) -> int:
     """Say what came of a run, and where its model is; the exit code: 0, or
     if it was stopped that of the signal (130 for Ctrl-C), as shells count."""
     print(result if getattr(result, "after", None) else repr(result))

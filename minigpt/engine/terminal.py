@@ -21,7 +21,8 @@ from minigpt.engine.console import explain, is_for_user, printable
 from minigpt.engine.files import decode_text
 
 # %% ../../nbs/engine/terminal.ipynb #first-message
-def first_message(prompt: str | None) -> str | None:
+def first_message(prompt: str | None  # None: look into the pipe
+                  ) -> str | None:
     """The one message that is to be answered: `prompt`, or the piped input;
     None at a keyboard, after a greeting.
 
@@ -115,7 +116,8 @@ def show_skipped(index) -> None:
         print(printable(f"skipped: {' '.join(why.split())}"), file=sys.stderr)
 
 
-def show_passages(hits: Iterable) -> None:
+def show_passages(hits: Iterable  # of Index.search
+                  ) -> None:
     """Print hits with scores and places."""
     for hit in hits:
         text = " ".join(hit.text.split())
@@ -131,7 +133,9 @@ def show_answer(answer,        # an Answer of `minigpt.rag`
           else printable(str(answer)))
 
 # %% ../../nbs/engine/terminal.ipynb #set-system
-def set_system(session, text: str | None) -> None:
+def set_system(session,  # a ChatSession
+               text: str | None  # None or "": none
+               ) -> None:
     """Set the system text of a session; None or "" removes it.
 
     Raises ValueError if it is no UTF-8, or leaves no room for a message;
@@ -295,11 +299,12 @@ def _take_turn(session, commands: Commands, message: str) -> None:
         _show(session, result)
 
 # %% ../../nbs/engine/terminal.ipynb #chat-loop
-def chat_loop(session, read: Callable[[str], str]) -> None:
+def chat_loop(session,  # a ChatSession
+              read: Callable[[str], str]  # shows a prompt, gives a line
+              ) -> None:
     """Talk until the input ends, /quit, or Ctrl-C at the prompt.
 
-    read: shows a prompt and returns a line. A conversation that is not
-    saved is left only when one leaves twice.
+    A conversation that is not saved is left only when one leaves twice.
     """
     commands, told, leaving = Commands(session, read), False, False
     while True:
@@ -326,7 +331,9 @@ def chat_loop(session, read: Callable[[str], str]) -> None:
                   "oldest messages.]", flush=True)
 
 # %% ../../nbs/engine/terminal.ipynb #talk
-def talk(session, message: str | None) -> None:
+def talk(session,  # a ChatSession
+         message: str | None  # None: ask at the keyboard
+         ) -> None:
     """Answer one message; without one, talk at the keyboard."""
     if message is not None:
         return _print_answer(session, message)

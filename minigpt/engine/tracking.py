@@ -27,7 +27,8 @@ from .files import atomic_file, read_json
 from ..gpt2 import GPT2
 
 # %% ../../nbs/engine/tracking.ipynb #read-log
-def read_log(path: str | Path) -> list[dict[str, float]]:
+def read_log(path: str | Path  # log.csv of a run
+             ) -> list[dict[str, float]]:
     """The lines of a log.csv as dicts of numbers, without damaged ones."""
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     lines = csv.DictReader(text.replace("\0", "").splitlines())
@@ -50,10 +51,11 @@ COLUMNS = ("step", "tokens", "seconds", "loss", "lr", "norm",
 class CSVLog:
     """log.csv, one line per logged step; `rows` as dicts of numbers.
 
-    after: keep the lines of an earlier part of the run up to this step.
     """
 
-    def __init__(self, path: str | Path, after: int = 0):
+    def __init__(self, path: str | Path,
+                 after: int = 0  # keep an earlier part up to this step
+                 ):
         self.path, self.rows = Path(path), []
         if after and self.path.exists():
             self.rows = [r for r in read_log(path) if r["step"] <= after]
@@ -73,12 +75,14 @@ class CSVLog:
 class Meter:
     """Collects steps, and makes one line of the log of them.
 
-    tokens: per step; work: operations per step; peak: operations a second
-    that all devices together can do; combine: sums losses over processes.
     """
 
-    def __init__(self, tokens: int, work: float, peak: float,
-                 combine: Callable[[list[float]], list[float]] = list):
+    def __init__(self, tokens: int,  # of a step
+                 work: float,  # operations of a step
+                 peak: float,  # operations a second of all devices
+                 combine: Callable[[list[float]], list[float]] = list
+                               # sums losses over processes
+                 ):
         self.tokens, self.work, self.peak = tokens, work, peak
         self.combine, self.waiting = combine, []
         self.start()
@@ -118,12 +122,11 @@ class Meter:
 
 # %% ../../nbs/engine/tracking.ipynb #progress-bar
 def progress_bar(max_steps: int | None, max_seconds: float | None,
-                 step: int = 0, seconds: float = 0.0, show: bool = True
+                 step: int = 0,  # that an earlier part of the run did
+                 seconds: float = 0.0,  # that it took
+                 show: bool = True
                  ) -> tqdm:
-    """A tqdm line in steps, or in seconds where only time limits the run.
-
-    step, seconds: what an earlier part of the run has done.
-    """
+    """A tqdm line in steps, or in seconds where only time limits the run."""
     if max_steps:
         return tqdm(total=max_steps, initial=step, unit="step",
                     disable=not show)
@@ -131,13 +134,11 @@ def progress_bar(max_steps: int | None, max_seconds: float | None,
                 disable=not show)
 
 # %% ../../nbs/engine/tracking.ipynb #loss-figure
-def loss_figure(rows: list[dict[str, float]],
-                band: dict[str, list[float]] | None = None):
-    """A matplotlib Figure of a run's log: losses, perplexity, learning rate.
-
-    rows: `TrainResult.history`; band: a reference (see reference_curve),
-    drawn as a grey area behind the losses.
-    """
+def loss_figure(rows: list[dict[str, float]],  # TrainResult.history
+                band: dict[str, list[float]] | None = None
+                      # a reference_curve, drawn as a grey area
+                ):
+    """A matplotlib Figure of a run's log: losses, perplexity, rates."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -173,12 +174,12 @@ def in_notebook() -> bool:
 class LivePlot:
     """A callback of `train`: one figure that is redrawn while it runs.
 
-    path: also write it there, as PNG. every: seconds between drawings.
-    reference: the name of a curve that is drawn as a band.
     """
 
-    def __init__(self, path: str | Path | None = None, every: float = 2.0,
-                 reference: str | None = None):
+    def __init__(self, path: str | Path | None = None,  # a PNG, too
+                 every: float = 2.0,  # seconds between drawings
+                 reference: str | None = None  # name of a reference_curve
+                 ):
         self.path, self.every, self.rows = path, every, []
         self.band = reference_curve(reference) if reference else None
         self.handle, self.drawn = None, -math.inf
@@ -209,7 +210,8 @@ class LivePlot:
             self.handle.update(image)
 
 # %% ../../nbs/engine/tracking.ipynb #reference-curve
-def reference_curve(name: str) -> dict[str, list[float]]:
+def reference_curve(name: str  # of a recipe
+                    ) -> dict[str, list[float]]:
     """The range of training losses of a recipe over several seeds.
 
     Returns lists "step", "low", "high", each as long as the others.
@@ -221,10 +223,11 @@ def reference_curve(name: str) -> dict[str, list[float]]:
     return curves[name]
 
 # %% ../../nbs/engine/tracking.ipynb #against-reference
-def against_reference(rows: list[dict[str, float]], name: str,
-                      margin: float = 0.05) -> str:
-    """One sentence: is the latest loss that a reference has within the
-    band? margin: by how much more of the loss it may be off."""
+def against_reference(rows: list[dict[str, float]],  # TrainResult.history
+                      name: str,  # of a recipe
+                      margin: float = 0.05  # so much more may it be off
+                      ) -> str:
+    """One sentence: is the latest loss that a reference has in its band?"""
     band = reference_curve(name)
     known = {s: i for i, s in enumerate(band["step"])}
     rows = [row for row in rows if row["step"] in known]
@@ -244,13 +247,15 @@ def against_reference(rows: list[dict[str, float]], name: str,
 class Samples:
     """A callback of `train`: what the model writes at intervals.
 
-    prompts: texts to go on from; every: steps between; `texts`: a list of
-    (step, prompt, continuation). path: a file that they are added to.
+    `texts` is a list of (step, prompt, continuation).
     """
 
-    def __init__(self, tokenizer: BPETokenizer, prompts: list[str],
-                 every: int = 200, max_new_tokens: int = 40,
-                 path: str | Path | None = None):
+    def __init__(self, tokenizer: BPETokenizer,
+                 prompts: list[str],  # texts to go on from
+                 every: int = 200,  # steps between
+                 max_new_tokens: int = 40,
+                 path: str | Path | None = None  # a file they are added to
+                 ):
         self.tokenizer, self.prompts, self.every = tokenizer, prompts, every
         self.max_new_tokens, self.path, self.texts = max_new_tokens, path, []
         self.next = every
@@ -287,11 +292,11 @@ class Samples:
 class TensorBoardLog:
     """A callback of `train`: every number of a line goes to TensorBoard.
 
-    folder: where `tensorboard --logdir` looks. Raises ImportError with the
-    way out where the package is missing.
+    Raises ImportError with the way out where the package is missing.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path  # for tensorboard --logdir
+                 ):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as problem:

@@ -108,7 +108,8 @@ def read_gpt2(encoder_json: str | Path, vocab_bpe: str | Path) -> tuple:
         if line and not line.startswith("#version")], {})
 
 # %% ../../nbs/engine/vocabulary.ipynb #load
-def load_vocabulary(folder: Path) -> tuple:
+def load_vocabulary(folder: Path  # of a tokenizer
+                    ) -> tuple:
     """Tokens, merges and special tokens from a folder, in either form."""
     if (folder / "tokenizer.json").is_file():
         with reading(folder / "tokenizer.json"):
@@ -125,7 +126,8 @@ def load_vocabulary(folder: Path) -> tuple:
 GPT2_NAMES = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"}
 
 
-def find_tokenizer(name: str | Path | None, revision: str | None = None
+def find_tokenizer(name: str | Path | None,  # None: the shipped one
+                   revision: str | None = None  # on the hub
                    ) -> Path:
     """The folder of a tokenizer; arguments as in from_pretrained."""
     name = "minigpt-chat" if name is None else name
@@ -150,11 +152,10 @@ def find_tokenizer(name: str | Path | None, revision: str | None = None
             ) from error
 
 # %% ../../nbs/engine/vocabulary.ipynb #distinct
-def check_distinct(names: Iterable[str], tokens: Iterable[bytes]) -> None:
-    """Raise ValueError if a special token has the name of another token.
-
-    names: of special tokens. tokens: all others, as bytes.
-    """
+def check_distinct(names: Iterable[str],  # of special tokens
+                   tokens: Iterable[bytes]  # all others
+                   ) -> None:
+    """Raise ValueError if a special token has the name of another token."""
     both = set(names) & set(map(to_visible, tokens))
     if both:
         name = min(both)
@@ -164,7 +165,8 @@ def check_distinct(names: Iterable[str], tokens: Iterable[bytes]) -> None:
             f"has, such as '<|{name}|>'")
 
 # %% ../../nbs/engine/vocabulary.ipynb #to-json
-def tokenizer_json(vocabulary: BPETokenizer) -> dict:
+def tokenizer_json(vocabulary: BPETokenizer  # what is written
+                   ) -> dict:
     """What HF tokenizers' tokenizer.json holds for a vocabulary."""
     names = {i: name for name, i in vocabulary.special_tokens.items()}
     check_distinct(names.values(), (token for i, token in enumerate(
@@ -208,7 +210,8 @@ CHAT_TEMPLATE = (
     "{%- endif -%}")
 
 # %% ../../nbs/engine/vocabulary.ipynb #config
-def tokenizer_config(vocabulary: BPETokenizer) -> dict:
+def tokenizer_config(vocabulary: BPETokenizer  # what is written
+                     ) -> dict:
     """What transformers' tokenizer_config.json holds for a vocabulary."""
     names = set(vocabulary.special_tokens)
     config = {"tokenizer_class": "PreTrainedTokenizerFast",
@@ -221,7 +224,8 @@ def tokenizer_config(vocabulary: BPETokenizer) -> dict:
     return config
 
 # %% ../../nbs/engine/vocabulary.ipynb #ranks
-def tiktoken_ranks(vocabulary: BPETokenizer) -> dict[bytes, int]:
+def tiktoken_ranks(vocabulary: BPETokenizer  # what is written
+                   ) -> dict[bytes, int]:
     """Token -> id, as tiktoken takes them, without special tokens.
 
     Raises ValueError if ids don't grow in the order of the merges.

@@ -19,7 +19,8 @@ BUTTONS = {"left": "Left is better", "tie": "Equal",
            "right": "Right is better", "skip": "Skip"}
 
 
-def ballot_html(ballot: Ballot) -> str:
+def ballot_html(ballot: Ballot  # of a rater
+                ) -> str:
     """The current pair as HTML, without the names; texts are escaped."""
     pair = ballot.current()
     if pair is None:
@@ -33,7 +34,8 @@ def ballot_html(ballot: Ballot) -> str:
             f"<p>{len(ballot.todo)} to go</p>")
 
 # %% ../../nbs/engine/vote_ui.ipynb #panel
-def vote_panel(ballot: Ballot):
+def vote_panel(ballot: Ballot  # of a rater
+               ):
     """A panel of ipywidgets that shows pairs and takes votes.
 
     Each click is on disk before the next pair appears. Keyboard: Tab and
@@ -56,7 +58,9 @@ def vote_panel(ballot: Ballot):
     return ipywidgets.VBox([page, ipywidgets.HBox(buttons)])
 
 # %% ../../nbs/engine/vote_ui.ipynb #ratefig
-def draw_ratings(ax, ratings: dict) -> None:
+def draw_ratings(ax,  # of matplotlib
+                 ratings: dict  # of rate()
+                 ) -> None:
     """Ratings of `rate` with their intervals, on matplotlib axes."""
     for y, (name, r) in enumerate(reversed(ratings.items())):
         ax.plot([r.low, r.high], [y, y], color="tab:blue", lw=3, alpha=0.5)
@@ -90,11 +94,13 @@ def results_part(votes: Votes) -> None:
 
 # %% ../../nbs/engine/vote_ui.ipynb #votetab
 def vote_tab(matches: Sequence[Match] | Callable[[], Sequence[Match]],
-             path: str | Path, *, seed: int = 0) -> None:
+                      # with the systems' answers; a function is called
+                      # when the first visitor starts
+             path: str | Path,  # of the votes
+             *, seed: int = 0  # of the order
+             ) -> None:
     """Add a voting page to the Gradio Blocks or Tab that is being built.
 
-    matches: prompts with the systems' answers, or a function that makes
-      them, called when the first visitor starts. path: the votes file.
     Each visitor types a name and gets a ballot of their own.
     """
     import gradio as gr
