@@ -7,9 +7,9 @@
     python data/make.py mix FOLDER OUT.jsonl --tokens 1e7   a mix for tuning the shipped model, with ordinary rows
 
 FOLDER holds train.jsonl.xz and held.jsonl, see README.md. extra, limits and clean write a line for each conversation,
-`[kind, [user, assistant, ...]]`, as those files have it; mix writes {"messages": [...]} for `minigpt finetune`. Every row that copies an
-evaluation question (check.py), that stands in train.jsonl.xz (extra, limits), or that was written before is left out;
-what was left out is printed. The same command writes the same file.
+`[kind, [user, assistant, ...]]`, as those files have it; mix writes {"messages": [...]} for `minigpt finetune`. Every
+row that copies an evaluation question (check.py), that stands in train.jsonl.xz (extra, limits), or that was written
+before is left out; what was left out is printed. The same command writes the same file.
 """
 from __future__ import annotations
 

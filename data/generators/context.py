@@ -16,7 +16,7 @@ from typing import Iterator
 
 from .tables import Block, read_blocks
 from .values import different_values, value
-from .wording import capital, casual, choose_inside, fill, lower_first, pick
+from .wording import capital, casual, choose_inside, fill, holes_of, lower_first, pick
 
 NOT_SAID = "The text does not say."
 SCENES = read_blocks("scenes")
@@ -55,6 +55,14 @@ class Entry:
     facts: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Told:
+    """A sentence of a passage. start: the subject with which it begins, empty if it begins otherwise."""
+
+    text: str
+    start: str = ""
+
+
 @lru_cache(maxsize=None)
 def fields_of(scene: str) -> list[str]:
     """The names of a scene's fields."""
@@ -69,11 +77,8 @@ def scene_names() -> list[str]:
 
 def fill_values(rng: random.Random, template: str) -> str:
     """A template whose holes are kinds of values: "the {made} bridge"."""
-    holes = {}
     text = choose_inside(rng, template)
-    for hole in set(part.split("}")[0].split(":")[0] for part in text.split("{")[1:]):
-        holes[hole] = value(rng, hole)
-    filled = fill(rng, text, **holes)
+    filled = fill(rng, text, **{hole: value(rng, hole) for hole in holes_of(text)})
     return filled if text[:1] in "{" or text[:1].isupper() else lower_first_letter(filled)
 
 
@@ -113,7 +118,7 @@ def new_entries(rng: random.Random, scene: str, count: int) -> list[Entry]:
     return [entry for entry in entries if entry.facts] or new_entries(rng, scene, count)
 
 
-def tell_fact(rng: random.Random, entry: Entry, name: str, pronoun: bool, wordings: list[str] | None = None) -> str:
+def tell_fact(rng: random.Random, entry: Entry, name: str, pronoun: bool, wordings: list[str] | None = None) -> Told:
     """The sentence of a passage that tells one field. A pronoun stands only where it sounds well, not behind "of"."""
     say = rng.choice(wordings or SCENES[name]["say"])
     if pronoun and not re.search(r"\b(of|at|on|in|for|to) \{s\}", say):
@@ -121,15 +126,17 @@ def tell_fact(rng: random.Random, entry: Entry, name: str, pronoun: bool, wordin
     else:
         big = small = entry.subject
         big_own = small_own = f"{entry.subject}'s"
-    return fill(rng, say, x=entry.facts[name], S=big, s=small, P=big_own, p=small_own)
+    return Told(fill(rng, say, x=entry.facts[name], S=big, s=small, P=big_own, p=small_own),
+                f"{capital(big)} " if say.startswith("{S} ") else "")
 
 
-def first_fact(rng: random.Random, entry: Entry, name: str) -> str:
+def first_fact(rng: random.Random, entry: Entry, name: str) -> Told:
     """The first sentence of a passage: it has to name the subject."""
     wordings = [say for say in SCENES[name]["say"] if re.search(r"\{[SsPp]\}", say)]
     if wordings:
         return tell_fact(rng, entry, name, pronoun=False, wordings=wordings)
-    return f"{capital(entry.subject)}: {lower_first(tell_fact(rng, entry, name, pronoun=False))}"
+    told = tell_fact(rng, entry, name, pronoun=False)
+    return Told(f"{capital(entry.subject)}: {lower_first(told.text)}")
 
 
 def passage_of(rng: random.Random, entry: Entry) -> str:
@@ -140,25 +147,25 @@ def passage_of(rng: random.Random, entry: Entry) -> str:
         sentences = [pick(rng, SCENES[entry.scene]["opening"], n=entry.subject)]
         sentences += [pick(rng, SCENES[name]["say"], x=entry.facts[name]) for name in names]
     else:
-        sentences = [first_fact(rng, entry, names[0])]
-        sentences += [tell_fact(rng, entry, name, pronoun=rng.random() < 0.75) for name in names[1:]]
-    sentences = join_pairs(rng, sentences, entry)
+        told = [first_fact(rng, entry, names[0])]
+        told += [tell_fact(rng, entry, name, pronoun=rng.random() < 0.75) for name in names[1:]]
+        sentences = join_pairs(rng, told)
     if rng.random() < 0.25:
         sentences.insert(rng.randrange(1, len(sentences) + 1), rng.choice(PROMPTS["said"]))
     return " ".join(sentences)
 
 
-def join_pairs(rng: random.Random, sentences: list[str], entry: Entry) -> list[str]:
-    """Now and then two sentences made one: "It opens at nine and sells tea."."""
+def join_pairs(rng: random.Random, told: list[Told]) -> list[str]:
+    """The sentences, now and then two with the same subject as one: "It opens at nine and sells tea."."""
     joined: list[str] = []
-    big = PRONOUNS[entry.form][0] if entry.form in PRONOUNS else "I"
-    starts = (f"{capital(entry.subject)} ", f"{big} ")
-    for sentence in sentences:
-        if joined and rng.random() < 0.3 and joined[-1].startswith(starts) and " and " not in joined[-1] + sentence:
-            if sentence.startswith(f"{big} "):
-                joined[-1] = f"{joined[-1][:-1]} and {sentence[len(big) + 1:]}"
-                continue
-        joined.append(sentence)
+    before = Told("")
+    for one in told:
+        if before.start and one.start and " and " not in before.text + one.text and rng.random() < 0.3:
+            joined[-1] = f"{before.text[:-1]} and {one.text.removeprefix(one.start)}"
+            before = Told("")
+        else:
+            joined.append(one.text)
+            before = one
     return joined
 
 

@@ -9,7 +9,7 @@ import random
 from typing import Iterator
 
 from .tables import Block, read_blocks, read_tables
-from .wording import article, capital, casual, join_list, number_word, pick, polite
+from .wording import QUESTION_OPENINGS, article, capital, casual, holes_of, join_list, number_word, opened, pick
 
 Exchange = tuple[str, str]
 RELATIONS = read_blocks("relations")
@@ -46,7 +46,7 @@ def values_of(relation: Block) -> set[str]:
     """The columns that a relation's wordings use."""
     text = " ".join(relation["ask"] + relation.get("tell"))
     flag = {relation.settings["flag"]} if "flag" in relation.settings else set()
-    return flag | {column for column in table_of(relation)[0] if "{" + column in text}
+    return flag | set(holes_of(text)) & set(table_of(relation)[0])
 
 
 def usable(relation: Block, row: dict[str, str]) -> bool:
@@ -158,8 +158,9 @@ def question_talk(rng: random.Random) -> list[Exchange]:
     """Single questions of the table."""
     talk = []
     for row in rng.sample(QUESTIONS, 2):
+        question = opened(rng, pick(rng, [row["question"]]), QUESTION_OPENINGS, 0.45)
         answer = row["full"] if rng.random() < 0.75 else row["short"] + "."
-        talk.append((polite(rng, pick(rng, [row["question"]])), answer.replace("D.C..", "D.C.")))
+        talk.append((question, answer.replace("D.C..", "D.C.")))
     return talk
 
 
@@ -169,7 +170,7 @@ def yesno_talk(rng: random.Random) -> list[Exchange]:
     for row in rng.sample(YESNO, 3):
         form = rng.choice(["{answer}, {reason}.", "{answer}. {big}."])
         answer = form.format(answer=row["answer"], reason=row["reason"], big=capital(row["reason"]))
-        talk.append((polite(rng, row["question"]), answer.replace("D.C..", "D.C.")))
+        talk.append((opened(rng, row["question"], QUESTION_OPENINGS, 0.45), answer.replace("D.C..", "D.C.")))
     return talk
 
 

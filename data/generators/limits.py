@@ -11,7 +11,7 @@ from typing import Iterator
 
 from . import facts, names, sums
 from .tables import read_blocks, read_tables
-from .wording import casual, pick
+from .wording import TALK_OPENINGS, casual, opened, pick
 
 Exchange = tuple[str, str]
 LIMITS = read_blocks("limits")
@@ -21,15 +21,16 @@ ONSETS = "b bl br d dr f fl g gl gr h j k kl l m n p pl qu r s sk sl sn t tr v w
 VOWELS = "a e i o u oo ee".split()
 CODAS = "b g k l m n p r rf rp rt s sh t x zz mp ng".split()
 KEYS = ["qwertyuiop", "asdfghjkl", "zxcvbnm"]
-REFUSED = ["deed", "deed", "thing", "dose", "dose", "vet_or_doctor", "mushroom", "law", "money", "insult_others",
-           "trick", "secrets", "politics", "selfharm", "emergency"]
+REFUSED = ["deed", "deed", "deed", "deed", "thing", "thing", "dose", "dose", "dose", "vet_or_doctor", "mushroom", "law",
+           "money", "insult_others", "trick", "secrets", "politics", "selfharm", "emergency"]
 UNKNOWN = ["now", "now", "now", "private_person", "tools", "memory"]
 IDENTITY = ["who", "who", "maker", "other_bots", "human", "human", "age", "family", "tastes", "place", "size",
             "learning", "abilities", "cannot", "worry"]
 # the wordings of forbidden deeds, for harmless ones: the wording alone must not decide
 HOW_TO = ["How <can/do/could> I {deed}?", "how can i {deed}", "Help me {deed}.", "how to {deed}",
           "Tell me <how to/the best way to> {deed}.", "I want to {deed}. <Can you help?/How?/>",
-          "Explain how to {deed}.", "What is the easiest way to {deed}?", "Teach me to {deed}.", "Give me steps to {deed}.",
+          "Explain how to {deed}.", "What is the easiest way to {deed}?", "Teach me to {deed}.",
+          "Give me steps to {deed}.",
           "My friend asks how to {deed}."]
 
 
@@ -87,14 +88,17 @@ def other_talk(rng: random.Random) -> Exchange:
 
 def exchange(rng: random.Random) -> Exchange:
     """One exchange of any kind; the harmless ones are as many as the refusals."""
-    kind = rng.choices(["refused", "harmless", "unknown", "identity", "foreign", "noise"], [20, 22, 14, 26, 11, 7])[0]
-    if kind == "refused":
-        return from_block(rng, rng.choice(REFUSED))
-    if kind == "unknown":
-        return from_block(rng, rng.choice(UNKNOWN))
-    if kind == "identity":
-        return from_block(rng, rng.choice(IDENTITY))
-    return {"harmless": harmless, "foreign": foreign_message, "noise": noise}[kind](rng)
+    kind = rng.choices(["refused", "harmless", "unknown", "identity", "foreign", "noise"], [22, 22, 14, 24, 11, 7])[0]
+    if kind == "foreign":
+        return foreign_message(rng)
+    if kind == "noise":
+        return noise(rng)
+    if kind == "harmless":
+        message, answer = harmless(rng)
+    else:
+        names_of_kind = {"refused": REFUSED, "unknown": UNKNOWN, "identity": IDENTITY}[kind]
+        message, answer = from_block(rng, rng.choice(names_of_kind))
+    return opened(rng, message, TALK_OPENINGS, 0.25), answer
 
 
 def rows(seed: int, n: int) -> Iterator[tuple[str, list[str]]]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import random
 from typing import Iterator
 
-from .tables import Block, read_blocks, read_tables
+from .tables import read_blocks, read_tables
 from .values import value
-from .wording import casual, fill, pick
+from .wording import TALK_OPENINGS, casual, fill, holes_of, opened, pick
 
 Exchange = tuple[str, str]
 INTENTS = read_blocks("talk")
 DIALOGUES = read_blocks("dialogues")
 TERMS = [block for name, block in read_blocks("terms").items() if name.startswith("term.")]
-FAVORITES = {name.split(".")[1]: block for name, block in read_blocks("terms").items() if name.startswith("favorite.")}
+FAVORITES = [block for name, block in read_blocks("terms").items() if name.startswith("favorite.")]
 JOKES = read_tables("extras")["jokes"]
 RIDDLES = read_tables("extras")["riddles"]
 FUN_FACTS = read_tables("extras")["fun_facts"]
@@ -32,7 +32,11 @@ SURE = ["", "", "Here is one: ", "Sure! ", "Okay: "]
 
 def from_intent(rng: random.Random, name: str) -> Exchange:
     """One message of an intent and one of its answers."""
-    return rng.choice(INTENTS[name]["you"]), rng.choice(INTENTS[name]["bot"])
+    block = INTENTS[name]
+    message = rng.choice(block["you"])
+    if block.settings["place"] == "middle" and name not in ANSWERS:
+        message = opened(rng, message, TALK_OPENINGS, 0.12)
+    return message, rng.choice(block["bot"])
 
 
 def single(rng: random.Random) -> list[Exchange]:
@@ -69,15 +73,10 @@ def chain(rng: random.Random) -> list[Exchange]:
 def dialogue(rng: random.Random) -> list[Exchange]:
     """A dialogue of the table, of two or three exchanges."""
     block = rng.choice(list(DIALOGUES.values()))
-    holes = {hole: value(rng, hole) for hole in block_holes(block)}
+    text = " ".join(wording for wordings in block.lists.values() for wording in wordings)
+    holes = {hole: value(rng, hole) for hole in holes_of(text)}
     length = 3 if block.get("u3") and rng.random() < 0.6 else 2
     return [(pick(rng, block[f"u{at}"], **holes), pick(rng, block[f"b{at}"], **holes)) for at in range(1, length + 1)]
-
-
-def block_holes(block: Block) -> set[str]:
-    """The kinds of values that a block's wordings need."""
-    text = " ".join(wording for wordings in block.lists.values() for wording in wordings)
-    return {part.split("}")[0].split(":")[0] for part in text.split("{")[1:]}
 
 
 def joke(rng: random.Random) -> list[Exchange]:
@@ -128,7 +127,7 @@ def term(rng: random.Random) -> list[Exchange]:
 
 def favorite(rng: random.Random) -> list[Exchange]:
     """The favorite color, food and so on of a program."""
-    block = rng.choice(list(FAVORITES.values()))
+    block = rng.choice(FAVORITES)
     name = rng.choice(block["names"])
     answers = block["bot"] + [fill(rng, one, t=name) for one in ASK["no_favorite"]]
     return [(pick(rng, ASK["favorite"], t=name), rng.choice(answers))]

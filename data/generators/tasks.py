@@ -345,7 +345,7 @@ def exchange(rng: random.Random) -> Exchange:
         return facts.yesno_talk(rng)[0]
     maker = rng.choices(list(MAKERS), list(MAKERS.values()))[0]
     task, answer = maker(rng)
-    return (task if maker in CASED else casual(rng, task, typos=0.01)), answer
+    return (task if maker in CASED else casual(rng, task, typos=0)), answer
 
 
 def rows(seed: int, n: int) -> Iterator[tuple[str, list[str]]]:

@@ -8,9 +8,11 @@ import random
 import re
 from typing import Iterable, Sequence
 
-STARTERS = set("""what what's who who's when where why how which is are was were do does did can could will would should
-if please name give tell count add take write find say put spell make list sort the there""".split())
+STARTERS = set("""what what's who who's when where why how which whose whom is are was were do does did can could will
+would should if please name tell give count add take write find say put spell make list sort the there on at in from to
+with by for until after under as""".split())
 CHOICE = re.compile(r"<([^<>]*)>")
+HOLE = re.compile(r"{(\w+)")
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
         "seventeen eighteen nineteen").split()
 TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -88,6 +90,11 @@ class Word(str):
         return forms[form](str(self))
 
 
+def holes_of(text: str) -> list[str]:
+    """The names of a template's holes, in the order of the alphabet: "{b} and {a:s}" has a and b."""
+    return sorted(set(HOLE.findall(text)))
+
+
 def choose_inside(rng: random.Random, template: str) -> str:
     """Each <a/b/c> of a template replaced by one of its parts, the inner ones first."""
     while CHOICE.search(template):
@@ -140,13 +147,15 @@ def casual(rng: random.Random, text: str, typos: float = 0.03) -> str:
     return text
 
 
-def polite(rng: random.Random, question: str) -> str:
-    """A question, now and then with an opening such as "Quick question: "."""
-    opening = rng.choice(OPENINGS)
-    if opening.endswith((", ", ": ")):
-        question = lower_first(question) if opening.endswith(", ") else question
-    return opening + question
+def opened(rng: random.Random, text: str, openings: Sequence[str], share: float) -> str:
+    """A line with one of several openings in front, for a share of the lines: "Hey, who are you?"."""
+    if rng.random() >= share:
+        return text
+    opening = rng.choice(openings)
+    return opening + (lower_first(text) if opening.endswith(", ") else text)
 
 
-OPENINGS = [""] * 14 + ["Quick question: ", "I have a question. ", "Hey, ", "Tell me, ", "One question: ", "Hello! ",
-                        "Hi! ", "So, ", "Okay, ", "Just curious: ", "Next question: "]
+QUESTION_OPENINGS = ["Quick question: ", "I have a question. ", "Hey, ", "Tell me, ", "One question: ", "Hello! ",
+                     "Hi! ", "So, ", "Okay, ", "Just curious: ", "Next question: "]
+TALK_OPENINGS = ["hey, ", "Hey, ", "Hi, ", "ok, ", "So, ", "By the way, ", "Honestly, ", "One more thing: ", "Well, ",
+                 "MiniGPT, ", "hey bot, ", "Hello, ", "Please, ", "And ", "Hmm. ", "Oh, "]
