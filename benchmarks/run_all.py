@@ -44,7 +44,7 @@ RUNS = {
     "gpu_train": "gpu_train.py",
 }
 # Scripts that measure something else than speed; run them by hand.
-OTHERS = {"soak.py", "finetune_packing.py"}
+OTHERS = {"soak.py", "finetune_packing.py", "eval_copies.py"}
 
 
 def why_not(script: str) -> str:
