@@ -49,8 +49,8 @@ def load_project(threads: int, arrays: bool = False):
     merges, vocab = gpt2_files()
     tok = Tokenizer.from_gpt2(vocab, merges)
     if arrays:
-        return lambda docs: list(tok.encode_iter(docs, None, num_proc=threads))
-    return lambda docs: tok.encode_batch(docs, None, num_proc=threads)
+        return lambda docs: list(tok.encode_iter(docs, num_proc=threads))
+    return lambda docs: [ids.tolist() for ids in tok.encode_iter(docs, num_proc=threads)]
 
 
 def load_tiktoken(threads):
@@ -77,7 +77,7 @@ def load_tiktoken_numpy(threads):
 def load_hf(threads):
     from tokenizers import Tokenizer as HFTokenizer, models, pre_tokenizers
     merges, vocab = gpt2_files()
-    tok = Tokenizer(models.BPE.from_file(vocab, merges))
+    tok = HFTokenizer(models.BPE.from_file(vocab, merges))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     return lambda docs: [e.ids for e in tok.encode_batch_fast(docs, add_special_tokens=False)]
 
@@ -87,7 +87,7 @@ def load_gigatoken(threads):
     from tiktoken_ext.openai_public import r50k_pat_str
     merges, vocab = gpt2_files()
     from tokenizers import Tokenizer as HFTokenizer, models, pre_tokenizers, decoders
-    tok = Tokenizer(models.BPE.from_file(vocab, merges))
+    tok = HFTokenizer(models.BPE.from_file(vocab, merges))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tok.decoder = decoders.ByteLevel()
     enc = gigatoken.Tokenizer.from_json(tok.to_str())

@@ -47,7 +47,7 @@ def load_project(num_proc: int = 1):
 
 def train_hf(docs, vocab_size):
     from tokenizers import Tokenizer as HFTokenizer, models, pre_tokenizers, trainers
-    tok = Tokenizer(models.BPE())
+    tok = HFTokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tok.train_from_iterator(docs, trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -55,7 +55,7 @@ def tokenizer_alone(path: str, procs: int) -> dict:
         for doc in docs:
             count += len(tok.encode_array(doc)) + 1
     else:
-        for ids in tok.encode_iter(docs, None, procs):
+        for ids in tok.encode_iter(docs, procs):
             count += len(ids) + 1
         tok.close()
     return {"seconds": clock(procs) - t, "tokens": count, "documents": len(docs)}

@@ -1530,6 +1530,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'minigpt.training.Stepper.gradients': ('training.html#stepper.gradients', 'minigpt/training.py'),
                                   'minigpt.training.Stepper.put': ('training.html#stepper.put', 'minigpt/training.py'),
                                   'minigpt.training.Stepper.recover': ('training.html#stepper.recover', 'minigpt/training.py'),
+                                  'minigpt.training.Stepper.uncompiled': ('training.html#stepper.uncompiled', 'minigpt/training.py'),
                                   'minigpt.training.Stopper': ('training.html#stopper', 'minigpt/training.py'),
                                   'minigpt.training.Stopper.__enter__': ('training.html#stopper.__enter__', 'minigpt/training.py'),
                                   'minigpt.training.Stopper.__exit__': ('training.html#stopper.__exit__', 'minigpt/training.py'),

@@ -416,8 +416,8 @@ def add_chat_tokens(model: GPT2, tokenizer: BPETokenizer
         return model, tokenizer
     ids = {name: tokenizer.vocab_size + n for n, name in enumerate(missing)}
     tokens = [*tokenizer.token_bytes, *(name.encode() for name in missing)]
-    tokenizer = BPETokenizer(tokens, tokenizer.merges,
-                             {**tokenizer.special_tokens, **ids})
+    tokenizer = type(tokenizer)(tokens, tokenizer.merges,
+                                {**tokenizer.special_tokens, **ids})
     weights = model.state_dict()
     table = weights["wte.weight"]                            # (V, C)
     rows = table.mean(0, keepdim=True).repeat(len(missing), 1)

@@ -310,12 +310,17 @@ class Stepper:
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(
             ranks.device.type, enabled=self.dtype == torch.float16)
-        from minigpt.engine.kernels import use_kernels
-        faster = None if config.compile else use_kernels(model, self.dtype)
-        self.loss = self.plain_loss = loss or faster or summed_loss
-        self.untried = config.compile
+        self.bare, self.given, self.untried = model, loss, config.compile
         if config.compile:
-            self.loss = torch.compile(self.loss)
+            self.loss = torch.compile(loss or summed_loss)
+        else:
+            self.uncompiled()
+
+    def uncompiled(self) -> None:
+        """Compute the loss by the kernels where they are faster."""
+        from minigpt.engine.kernels import use_kernels
+        faster = use_kernels(self.bare, self.dtype)
+        self.loss = self.given or faster or summed_loss
 
     def put(self, array: np.ndarray) -> Tensor:
         """A host array on the device, without waiting for the copy."""
@@ -372,7 +377,7 @@ class Stepper:
         reason = (str(problem).strip() or "no reason given").splitlines()[0]
         warnings.warn(f"torch.compile failed ({type(problem).__name__}: "
                       f"{reason[:200]}); training goes on without it")
-        self.loss = self.plain_loss
+        self.uncompiled()
         self.optimizer.zero_grad(set_to_none=True)
         return self.gradients(ids, targets)
 

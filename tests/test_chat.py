@@ -399,11 +399,14 @@ def test_after_a_cancelled_answer_the_next_one_is_right(small, how):
 
 class Breaks(torch.nn.Linear):
     """Fails at one of its calls, as a full memory would."""
-    fails_at = -1
+
+    def __init__(self, *sides):
+        super().__init__(*sides)
+        self.fails_at = [-1]  # a list, which the copies for inference share
 
     def forward(self, x):
-        self.fails_at -= 1
-        if self.fails_at == 0:
+        self.fails_at[0] -= 1
+        if self.fails_at[0] == 0:
             raise RuntimeError("out of memory")
         return super().forward(x)
 
@@ -416,7 +419,7 @@ def test_after_a_failure_it_is_as_if_nothing_was_asked(small):
     session = ChatSession(model, small[1], temperature=0, max_new_tokens=20)
     session.reply("One")
     before = session.messages
-    fragile.fails_at = 5
+    fragile.fails_at[0] = 5
     with pytest.raises(RuntimeError, match="out of memory"):
         session.reply("Two")
     assert session.messages == before

@@ -233,7 +233,7 @@ def test_a_chat_is_saved_and_opened(page, tmp_path):
 
 
 @pytest.mark.parametrize("content, told", [
-    (b"Dear diary", "bad.json is no transcript"), (b"[]", "bad.json: expected a list"),
+    (b"Dear diary", "this is no transcript: bad.json"), (b"[]", "bad.json: expected a list"),
     (b" " * 1_000_001, "bad.json has 1,000,001 bytes"),
     (b'[{"role": "<img src=http://example.com/x.png>", "content": "Hi"}]', "the role is '<img")])
 def test_a_bad_file_is_told_in_a_line_and_changes_nothing(page, content, told):

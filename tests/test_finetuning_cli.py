@@ -96,7 +96,7 @@ def test_it_learns_measures_and_can_be_chatted_with(base, tmp_path):
 
 
 def test_where_nothing_is_measured_one_line_says_how_it_went(base, tmp_path):
-    (tmp_path / "few.jsonl").write_text(json.dumps(rows(1)[0]) + "\n", encoding="utf-8")
+    (tmp_path / "few.jsonl").write_text(json.dumps(["talk", rows(1)[0]]) + "\n", encoding="utf-8")
     said = run(base, "--data", tmp_path / "few.jsonl", "--out", tmp_path / "run", *FAST)
     first, last = said.splitlines()
     assert first.startswith("FinetuneResult(step 2, loss ") and last == f"saved in {tmp_path / 'run' / 'model'}"
@@ -126,7 +126,8 @@ def test_pairs_and_resume(base, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     ([], "either --data"), (["--data", "chats", "--pairs", "preferences"], "either --data"),
     (["--data", "no-such-file.jsonl"], "no such file"), (["--data", "chats"], "tokens, the model reads 192"), (["--data", "chats"], "--too-long cut"),
-    (["--data", "chats", "--set", "betas=5"], "betas=5"), (["--data", "chats", "--set", "seed=-1"], "seed=-1"),
+    (["--data", "chats", "--too-long", "drop", "--set", "betas=5"], "betas=5"),
+    (["--data", "chats", "--too-long", "drop", "--set", "seed=-1"], "seed=-1"),
     (["--data", "chats", "--too-long", "maybe"], "too_long='maybe'"), (["--data", "chats", "--set", "lr"], "name=value"),
     (["--data", "chats", "--too-long", "drop", "--set", "speed=3"], "speed")])
 def test_bad_input(base, tmp_path, arguments, words):

@@ -383,7 +383,7 @@ def test_open_ends_an_answer_and_new_chat_has_the_pages_system_text(server, brow
 
 
 @pytest.mark.parametrize("name, content, told", [
-    ("bad.json", b"Dear diary", "bad.json is no transcript"), ("bad.json", b"[]", "expected a list of messages"),
+    ("bad.json", b"Dear diary", "this is no transcript: bad.json"), ("bad.json", b"[]", "expected a list of messages"),
     ("bad.json", b" " * 1_000_001, "bad.json has 1,000,001 bytes"), ("bad.txt", b"{}", "Invalid file type"),
     ("bad.json", b'[{"role": "<img src=http://example.com/x.png>", "content": "Hi"}]', "the role is '<img")])
 def test_a_bad_transcript_is_told_in_a_line_and_changes_nothing(ada, name, content, told):

@@ -628,8 +628,8 @@ def test_a_failure_of_the_engine_is_counted_and_has_an_id(small, stream):
     are answered by the same engine."""
     model = GPT2(small[0].config)
     model.load_state_dict(small[0].state_dict())
-    app = create_app(model, small[1])
     model.wpe.weight = torch.nn.Parameter(model.wpe.weight[:8].clone())
+    app = create_app(model, small[1])
     with running(app) as url:
         ask = {"model": "minigpt-chat", "prompt": list(range(5, 25)), "max_tokens": 2, "stream": stream}
         response, data = send(url, "POST", "/v1/completions", json.dumps(ask).encode(), JSON)

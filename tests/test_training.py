@@ -456,7 +456,7 @@ except (OSError, ValueError) as error:
     second = run_script(code, tmp_path / "run", Path(__file__).parent, "second").communicate(timeout=300)
     assert second[0].startswith(f"BlockingIOError {tmp_path / 'run'} is being written by another process"), second
     assert first.communicate("\n", timeout=300)[0] == "finished\n"
-    assert [row["step"] for row in t.read_log(tmp_path / "run" / "log.csv")] == [1, 2, 3]
+    assert [row["step"] for row in tracking.read_log(tmp_path / "run" / "log.csv")] == [1, 2, 3]
     third = run_script(code, tmp_path / "run", Path(__file__).parent, "third").communicate(timeout=300)
     assert "holds checkpoints of an earlier run" in third[0] and list((tmp_path / "run").glob(".*")) == []
 
