@@ -321,7 +321,9 @@ def test_kernels_are_for_cpus_alone():
 def test_a_run_asks_the_rule_unless_it_compiles():
     assert Stepper(a_model(), TrainConfig()).loss is summed_rows_loss
     compiled = Stepper(model := a_model(), TrainConfig(compile=True))
-    assert compiled.plain_loss is summed_loss and model.blocks[0].attn.attend is sdpa_attention
+    assert compiled.loss is not summed_rows_loss and model.blocks[0].attn.attend is sdpa_attention
+    compiled.uncompiled()
+    assert compiled.loss is summed_rows_loss and model.blocks[0].attn.attend is blockwise_attention
     own = Stepper(model := a_model(), TrainConfig(), loss=summed_loss)
     assert own.loss is summed_loss and model.blocks[0].attn.attend is blockwise_attention
 
