@@ -185,7 +185,7 @@ def test_imports_are_read_from_code(code, package, want):
 
 
 def test_lines_of_ipython_are_left_out(tmp_path):
-    text = "if True:\n    %pip install minigpt\n!ls\nfrom minigpt.bpe import x"
+    text = "if True:\n    %pip install x\n!ls\nfrom minigpt.bpe import x"
     path = tmp_path / "a.ipynb"
     path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": text.splitlines(keepends=True)}]}))
     [code] = cells(path)
