@@ -191,7 +191,7 @@ def test_broken_model_folders_are_one_line_and_code_2(how, small_folder, tmp_pat
 def test_a_bug_shows_its_traceback(small_folder, monkeypatch):
     """What torch raises is not meant for the user, whatever its kind."""
     monkeypatch.setattr(ChatSession, "reply", None)
-    monkeypatch.setattr(ChatSession, "stream", lambda *_: torch.distributions.Normal(torch.tensor(float("nan")), 1.0))
+    monkeypatch.setattr(ChatSession, "stream", lambda *_: torch.distributions.Normal(torch.tensor(float("nan")), 1.0, True))
     with pytest.raises(ValueError, match="parameter loc"):
         in_process("chat", "Hi", "--model", small_folder)
 
