@@ -254,7 +254,7 @@ def scene_reading(rng: random.Random) -> Reading | None:
         passages.append(passage_of(rng, new_entries(rng, other, 1)[0]))
     rng.shuffle(passages)
     text = join_passages(rng, passages)
-    asked = scene_questions(rng, entries, text, rng.choices([1, 2, 3], [65, 23, 12])[0])
+    asked = scene_questions(rng, entries, text, rng.choices([1, 2, 3, 4], [45, 25, 18, 12])[0])
     return Reading(text, asked) if asked else None
 
 
@@ -300,7 +300,7 @@ def list_reading(rng: random.Random) -> Reading | None:
     absent = pairs.pop()
     text = listing_text(rng, block, pairs)
     asked: list[Asked] = []
-    for key, one in rng.sample(pairs, rng.choices([1, 2, 3], [60, 25, 15])[0]):
+    for key, one in rng.sample(pairs, rng.choices([1, 2, 3], [45, 30, 25])[0]):
         about = f"list.{block.name}"
         values_of_item = {"k": key, "x": one}
         if rng.random() < UNANSWERABLE:
@@ -345,7 +345,7 @@ def said(rng: random.Random, asked: Asked, strict: bool) -> str:
 
 
 def rows(seed: int, n: int) -> Iterator[tuple[str, list[str]]]:
-    """n conversations: a text with a question, and up to two more questions about it."""
+    """n conversations: a text with a question, and up to three more questions about it."""
     rng = random.Random(f"rows {seed}")
     for reading in readings(seed, n):
         first, *others = reading.asked
