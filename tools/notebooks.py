@@ -152,7 +152,8 @@ def execute(path: Path, package: Path | None = None, more: list[str] | tuple = (
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryDirectory() as watching:
         Path(watching, "sitecustomize.py").write_text(WATCH.format(home=str(home) + os.sep), encoding="utf-8")
         env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONHASHSEED": "0",
-               "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join([watching, str(home.parent)])}
+               "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join([watching, str(home.parent)]),
+               "OMP_NUM_THREADS": "1"}  # sums, and so trained models, are then the same on machines of any size
         client = NotebookClient(nb, timeout=600, kernel_name="python3", store_widget_state=False,
                                 coalesce_streams=True, resources={"metadata": {"path": folder}})
         client.execute(env=os.environ | env)
