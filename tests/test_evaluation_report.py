@@ -21,12 +21,14 @@ from minigpt.data import ChatRenderer, load_chats
 from minigpt.evaluation import NOT_SAID, bleu, score_chats, token_f1
 from minigpt.engine.devices import pick_device
 from minigpt.gpt2 import GPT2, GPT2Config
+from minigpt.engine.baselines import PlainRenderer, open_model, renderer_for
+from minigpt.engine.everyday import KINDS, judge, load_everyday
 from minigpt.engine.report import (
-    SUITES, PlainRenderer, Suite, answers_part, by_kind, compare, open_model, renderer_for, report_html,
-    report_rows, report_table, run_suite, take_evenly, write_report)
+    SUITES, Suite, answers_part, by_kind, compare, report_html, report_rows, report_table, run_suite, take_evenly,
+    write_report)
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = Suite(chats=12, answers=8, questions=8, max_new_tokens=6)
+TINY = Suite(chats=12, answers=8, questions=8, max_new_tokens=6, everyday=2)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,21 @@ def test_report_numbers_are_those_of_the_parts(reports):
     rows = reports[1]["answers"]["rows"]
     assert reports[1]["answers"]["all"]["bleu"][0] == bleu([r["said"] for r in rows], [r["meant"] for r in rows]).score
     assert reports[1]["answers"]["all"]["f1"][0] == pytest.approx(np.mean([token_f1(r["said"], r["meant"]) for r in rows]))
+
+
+def test_everyday_counts_are_those_of_the_rows(reports):
+    """Two questions of each kind, of the half for tuning; the same for each model."""
+    bundled = {row["id"]: row for row in load_everyday("tune")}
+    for report in reports:
+        rows, kinds = report["everyday"]["rows"], report["everyday"]["kinds"]
+        assert len({row["id"] for row in rows}) == len(rows) == 2 * len(KINDS)
+        for kind, (n, right, low, high) in kinds.items():
+            own = [row for row in rows if kind in ("all", bundled[row["id"]]["kind"])]
+            assert n == len(own) and right == sum(judge(bundled[row["id"]], row["said"]) for row in own)
+            assert low <= right / n <= high
+        assert list(kinds) == [*KINDS, "all"]
+        assert report_rows(report)["everyday: all"].startswith(f"{kinds['all'][1]} of {2 * len(KINDS)} [")
+    assert "everyday" in compare(*reports)
 
 
 def test_reading_rows_are_those_of_kind_context():
@@ -230,7 +247,7 @@ def test_eval_writes_a_report_and_compares(few, tmp_path, monkeypatch):
     assert "ngram minus untrained" in out and "bits per byte" in out
     saved = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert [r["name"] for r in saved] == ["ngram", "untrained"] and saved[0]["suite"] == "quick"
-    assert saved[0]["plan"] == {"chats": 4, "answers": 3, "questions": 9, "max_new_tokens": 6}
+    assert saved[0]["plan"] == {"chats": 4, "answers": 3, "questions": 9, "max_new_tokens": 6, "everyday": 0}
     assert "report.json" in one_line("eval", "ngram", "--out", tmp_path / "out")
 
 

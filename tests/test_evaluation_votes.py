@@ -310,7 +310,7 @@ def test_a_model_against_itself():
     from minigpt.engine.tokenizer import Tokenizer
     from minigpt.data import ChatRenderer
     from minigpt.evaluation import answer_chats
-    from minigpt.engine.report import open_model
+    from minigpt.engine.baselines import open_model
     model, renderer = open_model("untrained")[0], ChatRenderer(Tokenizer.from_pretrained())
     matches = temperature_matches(model, renderer, ["Hi!", "Why?"], (0, 0.7, 2), max_new_tokens=4, seed=5)
     assert [list(m.answers) for m in matches] == [["temperature 0", "temperature 0.7", "temperature 2"]] * 2

@@ -1,6 +1,5 @@
 """The everyday questions: their rows, the judge, and how a model is asked."""
 import hashlib
-import importlib.util
 import inspect
 import json
 import re
@@ -186,24 +185,3 @@ def test_counts_are_means_over_seeds_of_what_the_judge_says():
 def test_wilson_is_scipys(right, n):
     theirs = binomtest(right, n).proportion_ci(method="wilson")
     assert wilson(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-5)
-
-
-# ------------------------------------------------------------------ copies in training data
-
-def test_near_copies_by_hand(tmp_path, monkeypatch, capsys):
-    path = HERE.parent / "benchmarks" / "eval_copies.py"
-    spec = importlib.util.spec_from_file_location("eval_copies", path)
-    copies = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copies)
-    rows = [{"id": "a", "turns": ["Is it wet?"]}, {"id": "b", "turns": ["hi", "who am I"]}]
-    assert copies.pieces("Is, it") == {" is i", "is it", "s it "}
-    # " is it wet " has 7 pieces, " is it wet now " has 11, of which 7 are common: 7 / 11
-    assert list(copies.near_copies(rows, ["is it WET", "is it wet now", "hi", "Hi! Who am I?"], 0.5)) == [
-        ("a", "is it WET", 1.0), ("a", "is it wet now", 7 / 11), ("b", "Hi! Who am I?", 1.0)]
-    chats = tmp_path / "chats.jsonl"
-    asked = split_turns(ROWS[0]["turns"])[0][0]["content"]
-    chats.write_text(json.dumps(["talk", ["hello", "Hi.", asked.upper(), "Fine."]]) + "\n", "utf-8")
-    monkeypatch.setattr("sys.argv", ["eval_copies.py", str(chats), str(tmp_path / "none.xz")])
-    assert copies.main() == 1
-    out = capsys.readouterr().out
-    assert json.loads(out.splitlines()[-1])["copies"] == [ROWS[0]["id"]] and "none.xz is not there" in out

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from minigpt.data import load_chats
 from minigpt.engine import report
+from minigpt.engine.baselines import open_model
 
 # %% ../../nbs/engine/evaluate.ipynb #free-folder
 def _free_folder(base: str | Path = "runs") -> Path:
@@ -59,7 +60,7 @@ def run_eval(names: Sequence[str],  # models; all are compared with the first
     if out is not None:
         report.check_folder(out, overwrite)
     chats = load_chats(data) if data else None
-    opened = [(name, *report.open_model(name, device=device))
+    opened = [(name, *open_model(name, device=device))
               for name in dict.fromkeys(names)]
     folder = _free_folder() if out is None else out
     folder.mkdir(parents=True, exist_ok=True)

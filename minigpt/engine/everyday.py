@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVERYDAY', 'KINDS', 'FORMS', 'SESSION', 'load_everyday', 'split_turns', 'count_items', 'well_formed', 'judge',
-           'ask_rows', 'wilson', 'Count', 'everyday', 'everyday_table']
+           'ask_rows', 'wilson', 'Count', 'tally', 'everyday', 'everyday_table']
 
 # %% ../../nbs/engine/everyday.ipynb #imports
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data import ChatRenderer
+from ..evaluation import NGram, NGramDecoder
 from ..generation import RepetitionPenalty, generate
 
 # %% ../../nbs/engine/everyday.ipynb #rows
@@ -156,6 +157,7 @@ def ask_rows(model: Any, tokenizer: Any, rows: Sequence[dict], *,
     """The model's answers to each row, one for each of its live turns."""
     renderer = renderer or ChatRenderer(tokenizer)
     room = model.config.block_size - max_new_tokens
+    decoder = NGramDecoder(model) if isinstance(model, NGram) else None
     parts = [split_turns(row["turns"]) for row in rows]
     past: list[list[dict]] = [[] for _ in rows]
     answers: list[list[str]] = [[] for _ in rows]
@@ -172,7 +174,7 @@ def ask_rows(model: Any, tokenizer: Any, rows: Sequence[dict], *,
                 top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens,
                 processors=[RepetitionPenalty(repetition_penalty,
                                               prompt=False)],
-                stop_ids=sorted(renderer.stop_ids),
+                stop_ids=sorted(renderer.stop_ids), decoder=decoder,
                 seed=[random.Random(f"{seed} {rows[i]['id']} {turn}"
                                     ).getrandbits(62) for i in batch])
             for i, text in zip(batch, drawn):
@@ -203,6 +205,19 @@ class Count(NamedTuple):
     high: float
 
 # %% ../../nbs/engine/everyday.ipynb #everyday
+def tally(rows: Sequence[dict],          # of load_everyday
+          right: Sequence[float]         # of each: 1 or 0, a mean over seeds
+          ) -> dict[str, Count]:
+    """Counts by kind, and of "all"."""
+    found: Counter = Counter()
+    for row, value in zip(rows, right, strict=True):
+        found[row["kind"]] += value
+    size = Counter(row["kind"] for row in rows)
+    size["all"], found["all"] = len(rows), sum(right)
+    return {kind: Count(n, found[kind], *wilson(found[kind], n))
+            for kind, n in size.items() if n}
+
+
 def everyday(model: Any, tokenizer: Any, *,
              half: str | None = None,                # see load_everyday
              kinds: Iterable[str] | None = None,
@@ -214,15 +229,12 @@ def everyday(model: Any, tokenizer: Any, *,
     Intervals are of the questions: more seeds don't make them narrower.
     """
     rows = load_everyday(half, kinds)
-    right: Counter = Counter()
+    right = [0.0] * len(rows)
     for seed in seeds:
         said = ask_rows(model, tokenizer, rows, seed=seed, **sampling)
-        for row, answers in zip(rows, said):
-            right[row["kind"]] += judge(row, answers) / len(seeds)
-    size = Counter(row["kind"] for row in rows)
-    size["all"], right["all"] = size.total(), sum(right.values())
-    return {kind: Count(n, right[kind], *wilson(right[kind], n))
-            for kind, n in size.items()}
+        for i, (row, answers) in enumerate(zip(rows, said)):
+            right[i] += judge(row, answers) / len(seeds)
+    return tally(rows, right)
 
 
 def everyday_table(results: dict[str, dict[str, Count]]  # {model: counts}
