@@ -10,7 +10,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'minigpt.attention.causal_mask': ('attention.html#causal_mask', 'minigpt/attention.py'),
                                    'minigpt.attention.eager_attention': ('attention.html#eager_attention', 'minigpt/attention.py'),
                                    'minigpt.attention.merge_heads': ('attention.html#merge_heads', 'minigpt/attention.py'),
-                                   'minigpt.attention.plot_pattern': ('attention.html#plot_pattern', 'minigpt/attention.py'),
+                                   'minigpt.attention.plot_weights': ('attention.html#plot_weights', 'minigpt/attention.py'),
                                    'minigpt.attention.sdpa_attention': ('attention.html#sdpa_attention', 'minigpt/attention.py'),
                                    'minigpt.attention.set_attn_implementation': ( 'attention.html#set_attn_implementation',
                                                                                   'minigpt/attention.py'),

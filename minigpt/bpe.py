@@ -68,6 +68,7 @@ def learn_merges(words: Mapping[str, int], # word -> count
     merges = []
     while len(ids) < n_tokens and (counts := count_pairs(split)):
         pair = best_pair(counts, ids)
+        # two merges may give one token: a + bc and ab + c
         ids.setdefault(pair[0] + pair[1], len(ids))
         split = {merge_pair(parts, pair): times
                  for parts, times in split.items()}

@@ -267,7 +267,7 @@ class GPT2Core(nn.Module):
         `head` False stops before the head: what it would read, (B, T, C).
 
         `cache`: the ids go on where it ends. `mask`: bool (B or 1, 1, T, S),
-        in place of the causal one; `positions`: (T,) or (B, T), in place of
+        besides the causal one; `positions`: (T,) or (B, T), in place of
         0, 1, 2... Raises ValueError if ids are out of range or too many.
         """
         x = self.hidden_states(ids, cache, mask=mask, positions=positions)

@@ -9,7 +9,7 @@ from torch import nn
 
 from exercise_cells import exercises, said
 from minigpt.attention import (ATTENTION, CausalSelfAttention, attention, causal_mask, eager_attention, merge_heads,
-                               plot_pattern, sdpa_attention, set_attn_implementation, split_heads)
+                               plot_weights, sdpa_attention, set_attn_implementation, split_heads)
 
 torch.manual_seed(0)
 
@@ -52,9 +52,8 @@ def test_equals_sdpa(B, H, T, D, dtype, bound, ledger):
     for ours, theirs in (
             (attention(q, k, v)[0], F.scaled_dot_product_attention(q, k, v, is_causal=True)),
             (attention(q, k, v, causal=False)[0], F.scaled_dot_product_attention(q, k, v)),
-            (attention(q, k, v, free)[0], F.scaled_dot_product_attention(q, k, v, attn_mask=free)),
-            (attention(q, k, v, free, causal=True)[0],
-             F.scaled_dot_product_attention(q, k, v, attn_mask=free & causal_mask(T)))):
+            (attention(q, k, v, free, causal=False)[0], F.scaled_dot_product_attention(q, k, v, attn_mask=free)),
+            (attention(q, k, v, free)[0], F.scaled_dot_product_attention(q, k, v, attn_mask=free & causal_mask(T)))):
         assert ours.dtype == dtype
         worst = max(worst, (ours - theirs).abs().max().item())
     ledger(f"manual attention = SDPA, {B}x{H}x{T}x{D} {str(dtype)[6:]}", worst, peer="torch", bound=bound)
@@ -104,8 +103,8 @@ def test_causal_mask():
     (lambda x: split_heads(x, 0), ValueError, "0 heads"),
     (lambda x: CausalSelfAttention(10, 3), ValueError, "n_head=3"),
     (lambda x: CausalSelfAttention(10, 0), ValueError, "n_head=0"),
-    (lambda x: plot_pattern(x, list("abcde")), ValueError, "(2, 5, 8)"),
-    (lambda x: plot_pattern(x[0], list("abc")), ValueError, "3 labels"),
+    (lambda x: plot_weights(x, list("abcde")), ValueError, "(2, 5, 8)"),
+    (lambda x: plot_weights(x[0], list("abc")), ValueError, "3 labels"),
 ])
 def test_bad_input_names_the_value(call, error, words):
     with pytest.raises(error) as caught:
@@ -185,6 +184,23 @@ def test_no_gradient_comes_from_a_later_token():
             grad, = torch.autograd.grad(layer(x)[0, t].sum(), x)
             reached = grad[0].abs().amax(-1) > 0
             assert reached.tolist() == [s <= t for s in range(6)]
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "blockwise"])
+@pytest.mark.parametrize("free", [torch.ones(6, 6), torch.ones(6, 6).triu(), torch.tensor([0, 1, 1, 1, 1, 1])])
+def test_a_mask_never_lifts_the_causal_one(free, name):
+    """Whatever a mask allows, no gradient comes from a later token, nor from one that it forbids."""
+    from minigpt.engine import kernels  # noqa: F401  registers "blockwise"
+    free = free.bool().expand(6, 6)
+    layer, x = a_layer(), torch.randn(1, 6, 32, requires_grad=True)
+    set_attn_implementation(layer, name)
+    whole, cache = layer(x, free[None, None]), Keep()
+    for t in range(6):
+        grad, = torch.autograd.grad(whole[0, t].sum(), x, retain_graph=True)
+        seen = [s <= t and bool(free[t, s]) for s in range(6)]
+        assert [s for s in range(6) if s != t and grad[0, s].abs().max() > 0] == [s for s in range(t) if seen[s]]
+    pieces = [layer(x[:, a:b], free[None, None, a:b, :b], cache) for a, b in ((0, 3), (3, 5), (5, 6))]
+    assert torch.allclose(torch.cat(pieces, dim=1), whole, atol=1e-6)
 
 
 class Keep:
@@ -290,9 +306,9 @@ def pyplot():
     plt.close("all")
 
 
-def test_plot_pattern_shows_the_numbers(pyplot):
+def test_plot_weights_shows_the_numbers(pyplot):
     pattern = torch.tensor([[0.25, 0.75, 0.0], [0.1, 0.2, 0.7]], requires_grad=True)
-    ax = plot_pattern(pattern, ["a$x$", "b", "c"], "title", values=True)
+    ax = plot_weights(pattern, ["a$x$", "b", "c"], "title", values=True)
     assert np.allclose(ax.images[0].get_array(), pattern.detach())
     assert [t.get_text() for t in ax.get_xticklabels()] == ["a$x$", "b", "c"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "c"]  # queries are the last tokens
@@ -300,17 +316,16 @@ def test_plot_pattern_shows_the_numbers(pyplot):
     ax.figure.canvas.draw()  # a label with dollar signs is no formula
 
 
-def test_plot_pattern_leaves_infinite_cells_grey(pyplot):
+def test_plot_weights_leaves_infinite_cells_grey(pyplot):
     table = torch.tensor([[0.0, -math.inf], [math.nan, 1.0]])
-    ax = plot_pattern(table, ["a", "b"], limits=(-1, 1))
+    ax = plot_weights(table, ["a", "b"], limits=(-1, 1))
     assert ax.images[0].get_array().mask.tolist() == [[False, True], [True, False]]
 
 
 # ------------------------------------------------------------------ the exercises
 
 def names():
-    return dict(torch=torch, math=math, Tensor=torch.Tensor, attention=attention, causal_mask=causal_mask,
-                sdpa=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    return dict(torch=torch, math=math, Tensor=torch.Tensor, F=F, attention=attention, causal_mask=causal_mask)
 
 
 @pytest.mark.parametrize("number, empty, check, solution", exercises("02"), ids=lambda v: v if len(v) == 4 else "")
@@ -322,8 +337,10 @@ def test_exercise(number, empty, check, solution, capsys):
 @pytest.mark.parametrize("number, wrong, words", [
     (1, "def window_mask(T, W): return causal_mask(T)", "window_mask(5, 2)[2]"),
     (1, "def window_mask(T, W): return causal_mask(T).float()", "bool mask"),
-    (2, "def multi_query(q, k, v): return attention(q, k[:, None], v[:, None], causal=False)[0]", "sentence 0, head 0"),
-    (3, "def one_pass(s, v):\n    e = s.exp()\n    return (e[:, None] * v).sum(0) / e.sum()", "subtract the largest"),
+    (2, "def cross_attention(x, y, q, k, v): return attention(y @ q, x @ k, x @ v, causal=False)[0]", "shape (7, 4)"),
+    (2, "def cross_attention(x, y, q, k, v): return attention(x @ q, y @ k, y @ v)[0]", "may every token"),
+    (3, "def multi_query(q, k, v): return attention(q, k[:, None], v[:, None], causal=False)[0]", "sentence 0, head 0"),
+    (4, "def one_pass(s, v):\n    e = s.exp()\n    return (e[:, None] * v).sum(0) / e.sum()", "subtract the largest"),
 ])
 def test_a_wrong_solution_is_told_why(number, wrong, words, capsys):
     assert words in said(wrong, exercises("02")[number - 1][2], names(), capsys)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..attention import plot_pattern
+from ..attention import plot_weights
 
 # %% ../../nbs/deeper/attention_patterns.ipynb #0130e74f
 def plot_heads(patterns: Tensor, tokens: Sequence[str],
@@ -18,7 +18,7 @@ def plot_heads(patterns: Tensor, tokens: Sequence[str],
                size: float = 3.3):
     """Draw the patterns of several heads (H, T, S) side by side.
 
-    `tokens`: S labels, as for plot_pattern. `titles`: one for each head,
+    `tokens`: S labels, as for plot_weights. `titles`: one for each head,
     "head 0" and so on unless given. `size`: inches for each head. Returns
     the matplotlib figure. Raises ValueError for a tensor of other sides.
     """
@@ -34,7 +34,7 @@ def plot_heads(patterns: Tensor, tokens: Sequence[str],
     for h, ax in enumerate(axes.flat):
         if h < len(patterns):
             title = titles[h] if titles else f"head {h}"
-            plot_pattern(patterns[h], tokens, title, ax).label_outer()
+            plot_weights(patterns[h], tokens, title, ax).label_outer()
         else:
             ax.axis("off")
     return figure
