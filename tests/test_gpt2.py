@@ -563,8 +563,8 @@ def glu(forward: str, bias: bool = False, width: str = "width") -> str:
 
 
 @pytest.mark.parametrize("number, wrong, words", [
-    (1, "def block_parameters(C): return 12 * C * C", "biases and LayerNorms are missing"),
-    (1, "def block_parameters(C): return C", "you have 128"),
+    (1, "def llama_block(C, H, G, W): return C * (H + 2 * G) * C // H + C * C + 3 * C * W", "the two norms are missing"),
+    (1, "def llama_block(C, H, G, W): return 4 * C * C + 3 * C * W + 2 * C", "you have 194816"),
     (2, glu("self.c_proj(F.gelu(self.gate(x)) * self.up(x))"), "the numbers differ"),
     (2, glu("self.c_proj(F.silu(self.up(x)) * self.gate(x))"), "the numbers differ"),
     (2, glu("self.c_proj(F.silu(self.gate(x)) * self.up(x))", bias=True), "gate.bias"),
