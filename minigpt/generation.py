@@ -6,14 +6,14 @@
 __all__ = ['Ids', 'Processor', 'Strategy', 'Draft', 'NOTHING', 'EMPTY', 'CLASSES', 'ASCII', 'check_token', 'pick', 'check',
            'Temperature', 'TopK', 'TopP', 'MinP', 'Typical', 'RepetitionPenalty', 'count_new', 'PresencePenalty',
            'FrequencyPenalty', 'NoRepeatNGram', 'BannedTokens', 'BannedWords', 'ForcedTokens', 'Options', 'chain',
-           'check_options', 'apply', 'shared_prefix', 'follow', 'new_cache', 'Decoder', 'Move', 'run', 'Generation',
-           'row_seeds', 'pick_best', 'token_logprobs', 'Sample', 'as_prompts', 'fit', 'TokenStream', 'stream_options',
-           'generate_options', 'generate', 'stream', 'waiting', 'TextStream', 'stream_text', 'generate_text',
-           'StopStrings', 'BeamGroup', 'BeamOptions', 'extend_beams', 'may_improve', 'BeamSearch', 'beams_of',
-           'beam_search', 'Contrastive', 'contrastive_search', 'judge', 'ModelDraft', 'as_chances', 'NGramDraft',
-           'runs', 'Speculative', 'speculate', 'sequence', 'choice', 'literal', 'may_end', 'derive', 'parse_escape',
-           'any_character', 'parse_member', 'parse_class', 'check_range', 'parse_repeat', 'parse_atom', 'parse_choice',
-           'parse_regex', 'build_trie', 'allowed_tokens', 'RegexConstraint', 'choice_constraint']
+           'check_options', 'apply', 'KVCache', 'shared_prefix', 'follow', 'new_cache', 'Decoder', 'Move', 'run',
+           'Generation', 'row_seeds', 'pick_best', 'token_logprobs', 'Sample', 'as_prompts', 'fit', 'TokenStream',
+           'stream_options', 'generate_options', 'generate', 'stream', 'waiting', 'TextStream', 'stream_text',
+           'generate_text', 'StopStrings', 'BeamGroup', 'BeamOptions', 'extend_beams', 'may_improve', 'BeamSearch',
+           'beams_of', 'beam_search', 'Contrastive', 'contrastive_search', 'judge', 'ModelDraft', 'as_chances',
+           'NGramDraft', 'runs', 'Speculative', 'speculate', 'sequence', 'choice', 'literal', 'may_end', 'derive',
+           'parse_escape', 'any_character', 'parse_member', 'parse_class', 'check_range', 'parse_repeat', 'parse_atom',
+           'parse_choice', 'parse_regex', 'build_trie', 'allowed_tokens', 'RegexConstraint', 'choice_constraint']
 
 # %% ../nbs/05_generation.ipynb #imports
 import random
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .bpe import BPETokenizer
 from .engine.tokenizer import StreamDecoder
-from .gpt2 import GPT2, KVCache
+from .gpt2 import GPT2, GPT2Config
 
 # %% ../nbs/05_generation.ipynb #checktoken
 def check_token(token: int, vocab_size: int) -> int:
@@ -348,6 +348,87 @@ def apply(processors: Sequence[Processor], ids: list[list[int]],
         logits = processor(ids, logits, step)
     return logits
 
+# %% ../nbs/05_generation.ipynb #kvcache
+class KVCache:
+    """Keys and values of all layers, preallocated: k, v (L, B, H, S, D).
+
+    `length` columns are filled; max_length: room for so many (block_size
+    unless given). Prompts of unequal length are padded on the LEFT; `pad`
+    (B,) counts the pad columns of each row, None where no row has any.
+    Raises ValueError for more room than the model has positions.
+    """
+
+    def __init__(self, config: GPT2Config, batch_size: int = 1,
+                 max_length: int | None = None, *, pad: Tensor | None = None,
+                 device: str | torch.device | None = None,
+                 dtype: torch.dtype = torch.float32):
+        S = config.block_size if max_length is None else max_length
+        if not 1 <= S <= config.block_size:
+            raise ValueError(f"max_length={S} must lie between 1 and "
+                             f"block_size={config.block_size}")
+        if pad is not None and pad.shape != (batch_size,):
+            raise ValueError(f"pad {tuple(pad.shape)} must have one number "
+                             f"for each of the {batch_size} rows")
+        D = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, S, D)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+        self.pad = pad if pad is not None and bool(pad.any()) else None
+        self.block_size = config.block_size
+
+    @property
+    def rows(self) -> int:
+        """How many rows of ids it takes."""
+        return self.k.shape[1]
+
+    def append(self, layer_idx: int, k: Tensor, v: Tensor
+               ) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, H, T, D) behind the filled columns; all of them."""
+        end = self.length + k.shape[2]
+        keys, values = self.k[layer_idx], self.v[layer_idx]  # (B, H, S, D)
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def positions(self, T: int) -> Tensor:
+        """Positions of the next T columns, (T,) or (B, T); pads count as 0."""
+        columns = torch.arange(self.length, self.length + T,
+                               device=self.k.device)
+        if self.pad is None:
+            return columns
+        return (columns[None] - self.pad[:, None]).clamp(min=0)
+
+    def mask(self, T: int) -> Tensor | None:
+        """Which columns each of the next T queries may see, bool (B or 1, 1,
+        T, S); None where the plain causal rule says the same."""
+        if self.pad is None and (T == 1 or self.length == 0):
+            return None
+        columns = torch.arange(self.length + T, device=self.k.device)
+        rows = columns[self.length:]
+        mask = columns[None] <= rows[:, None]                # (T, S)
+        if self.pad is None:
+            return mask[None, None]
+        real = columns[None] >= self.pad[:, None]            # (B, S)
+        own = columns[None] == rows[:, None]                 # (T, S)
+        return ((mask & real[:, None]) | own)[:, None]       # (B, 1, T, S)
+
+    def advance(self, T: int) -> None:
+        """Count the T columns that all layers have written by now."""
+        self.length += T
+
+    def truncate(self, length: int) -> None:
+        """Forget the columns from `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut {self.length} columns to {length}")
+        self.length = length
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        if self.pad is not None:
+            self.pad = self.pad[rows]
+
 # %% ../nbs/05_generation.ipynb #shared
 def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many items two sequences have in common at their start."""
@@ -406,7 +487,7 @@ class Decoder:
     def read(self, tokens: list[list[int]]) -> Tensor:
         """The last layer's output (B, T, C) for tokens (B, T), cached."""
         ids = torch.tensor(tokens, device=self.model.device)
-        self.hidden = self.net(ids, self.cache, head=False)
+        self.hidden = self.net.ln_f(self.net.hidden_states(ids, self.cache))
         return self.hidden
 
     @torch.inference_mode()

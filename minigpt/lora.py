@@ -27,7 +27,9 @@ from torch import Tensor
 
 from .engine.files import atomic_folder, read_json
 from .engine.kernels import LoraProduct, first_order
-from .gpt2 import GPT2, GPT2Core, our_name, read_tensors, write_json
+from .engine.hub import write_json
+from .engine.weights import our_name, read_tensors
+from .gpt2 import GPT2
 
 # %% ../nbs/08_lora.ipynb #config
 @dataclass(frozen=True)
@@ -305,7 +307,7 @@ def check_free(adapters: Adapters, name: str) -> None:
                          "the weights: unmerge_lora(model) first")
 
 # %% ../nbs/08_lora.ipynb #setadapter
-def set_adapter(model: GPT2Core, name: str | None) -> GPT2Core:
+def set_adapter(model: GPT2, name: str | None) -> GPT2:
     """Switch to one of the adapters, or with None to the plain model.
 
     Only the active adapter's matrices (and biases) are trainable then.
@@ -329,8 +331,8 @@ def set_adapter(model: GPT2Core, name: str | None) -> GPT2Core:
     return model
 
 # %% ../nbs/08_lora.ipynb #applylora
-def apply_lora(model: GPT2Core, config: LoraConfig = LoraConfig(),
-               name: str = "default") -> GPT2Core:
+def apply_lora(model: GPT2, config: LoraConfig = LoraConfig(),
+               name: str = "default") -> GPT2:
     """Give a model an adapter, in place, and make it the active one.
 
     All other weights are frozen. Returns the model. Raises ValueError for
@@ -399,7 +401,7 @@ def trainable_report(model: nn.Module) -> TrainableReport:
 
 # %% ../nbs/08_lora.ipynb #mergelora
 @torch.no_grad()
-def merge_lora(model: GPT2Core) -> GPT2Core:
+def merge_lora(model: GPT2) -> GPT2:
     """Add the active adapter into the weights, so that it costs no time.
 
     In place; returns the model. Raises ValueError without an active
@@ -423,7 +425,7 @@ def merge_lora(model: GPT2Core) -> GPT2Core:
 
 # %% ../nbs/08_lora.ipynb #unmergelora
 @torch.no_grad()
-def unmerge_lora(model: GPT2Core) -> GPT2Core:
+def unmerge_lora(model: GPT2) -> GPT2:
     """Take the merged adapter out of the weights again, up to rounding."""
     adapters = adapters_of(model)
     name = adapters.merged
@@ -458,7 +460,7 @@ def config_to_peft(config: LoraConfig, layers: Sequence[str],
             "init_lora_weights": True, "modules_to_save": None}
 
 # %% ../nbs/08_lora.ipynb #adaptertensors
-def adapter_tensors(model: GPT2Core, name: str) -> dict[str, Tensor]:
+def adapter_tensors(model: GPT2, name: str) -> dict[str, Tensor]:
     """An adapter's tensors under the names that peft gives them."""
     found, start = {}, "base_model.model.transformer."
     layers = lora_layers(model, name)
@@ -473,7 +475,7 @@ def adapter_tensors(model: GPT2Core, name: str) -> dict[str, Tensor]:
     return {k: t.detach().cpu().contiguous() for k, t in found.items()}
 
 # %% ../nbs/08_lora.ipynb #saveadapter
-def save_adapter(model: GPT2Core, folder: str | Path, name: str = "default",
+def save_adapter(model: GPT2, folder: str | Path, name: str = "default",
                  *, base_model: str | None = None, overwrite: bool = False
                  ) -> None:
     """Write an adapter as peft does, for both to read.
@@ -601,8 +603,8 @@ def read_adapter(folder: str | Path, model: nn.Module
 
 # %% ../nbs/08_lora.ipynb #loadadapter
 @torch.no_grad()
-def load_adapter(model: GPT2Core, folder: str | Path, name: str = "default"
-                 ) -> GPT2Core:
+def load_adapter(model: GPT2, folder: str | Path, name: str = "default"
+                 ) -> GPT2:
     """Add a saved adapter, ours or peft's, to a model and make it active.
 
     In place; returns the model. Raises what read_adapter and apply_lora do,
@@ -621,7 +623,7 @@ def load_adapter(model: GPT2Core, folder: str | Path, name: str = "default"
 
 # %% ../nbs/08_lora.ipynb #adapted
 @torch.no_grad()
-def adapted(model: GPT2Core, folder: str | Path | None = None) -> GPT2:
+def adapted(model: GPT2, folder: str | Path | None = None) -> GPT2:
     """A plain GPT2 with an adapter merged in; `model` stays as it is.
 
     folder: an adapter, ours or peft's; None: the model's active adapter.
@@ -794,8 +796,8 @@ class NF4Linear(PlainView):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 # %% ../nbs/08_lora.ipynb #quantizemodel
-def quantize_model(model: GPT2Core, block_size: int = 64, double: bool = True
-                   ) -> GPT2Core:
+def quantize_model(model: GPT2, block_size: int = 64, double: bool = True
+                   ) -> GPT2:
     """Put the linear layers of a model into 4 bits, in place, and freeze it.
 
     Embeddings and LayerNorms stay. Returns the model. Raises ValueError if

@@ -257,7 +257,7 @@ def mean_states(model, rows: list[list[int]], layer: int) -> np.ndarray:
     real = (torch.arange(T) < length)[..., None].float()     # (B, T, 1)
     with torch.inference_mode():
         x = (model.hidden_states(ids, n_layer=layer) if layer
-             else model.embed(ids))                          # (B, T, C)
+             else model.wte(ids))                            # (B, T, C)
         return ((x * real).sum(1) / length).float().numpy()
 
 # %% ../nbs/09_rag.ipynb #weights-hash

@@ -52,9 +52,10 @@ from .bpe import BPETokenizer
 from .data import ChatRenderer
 from .engine.hub import load_pair
 from .engine.kernels import for_inference, shallow_copy
-from .generation import (Generation, Options, RepetitionPenalty,
-                                Sample, TextStream, as_prompts, check)
-from .gpt2 import GPT2, GPT2Config, KVCache
+from .generation import (Generation, KVCache, Options,
+                                RepetitionPenalty, Sample, TextStream,
+                                as_prompts, check)
+from .gpt2 import GPT2, GPT2Config
 from .lora import adapted
 
 # %% ../nbs/11_server.ipynb #slots

@@ -318,7 +318,7 @@ def test_the_device_is_picked_by_the_one_rule(tmp_path, monkeypatch):
             raise OSError(f"asked for {device}")
         return rule(device)
 
-    monkeypatch.setattr("minigpt.gpt2.pick_device", picked)
+    monkeypatch.setattr("minigpt.engine.hub.pick_device", picked)
     for more, asked in ([], "asked for auto"), (["--device", "mps"], "asked for mps"):
         assert asked in one_line("eval", "--quiet", "--out", tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()

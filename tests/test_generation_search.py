@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt import generation as g
+from minigpt.deeper.hooks import trace
 from test_generation import (as_hf, hf, hf_batch, hf_generate, model, new_tokens, prompts, tiny,  # noqa: F401
                              tokenizer)
 
@@ -115,7 +116,7 @@ def test_beams_of_several_prompts_and_with_constraints(tokenizer):  # noqa: F811
 def slow_contrastive(model, prompt, k, alpha, limit):
     """Su et al. (2022) the obvious way: every candidate is read with the whole text before it."""
     def last_layer(ids):
-        return model.trace(torch.tensor([ids]), ["ln_f"])["ln_f"][0]
+        return trace(model, torch.tensor([ids]), ["ln_f"])["ln_f"][0]
 
     ids = list(prompt)
     for _ in range(limit):

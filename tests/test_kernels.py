@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from minigpt.attention import CausalSelfAttention, causal_mask, sdpa_attention, set_attn_implementation
+from minigpt.deeper.hooks import trace
 from minigpt.engine import kernels
 from minigpt.engine.kernels import (BlockwiseAttention, FastLinear, attention_backward, blockwise_attention, for_inference,
                                     minus_columns, shallow_copy, summed_rows_loss, use_kernels)
-from minigpt.generation import Decoder, Options, generate
-from minigpt.gpt2 import GPT2, Block, GPT2Config, KVCache
+from minigpt.generation import Decoder, KVCache, Options, generate
+from minigpt.gpt2 import GPT2, Block, GPT2Config
 from minigpt.training import Stepper, TrainConfig, summed_loss
 
 
@@ -414,7 +415,7 @@ def test_a_copy_for_inference_shares_all_but_its_linear_layers():
     with torch.no_grad():
         model.ln_f.weight.zero_()
         model.ln_f.bias.zero_()
-        assert not twin(torch.tensor([[1, 2]]), head=False).any()                  # the same norm
+        assert not twin.ln_f(twin.hidden_states(torch.tensor([[1, 2]]))).any()       # the same norm
 
 
 def test_a_shallow_copy_may_be_changed_alone():
@@ -527,9 +528,9 @@ def test_a_changed_block_is_what_embeddings_and_traces_see(other):
     rows = [TEXT, TEXT[:3]]
     for layer in (1, 2, 3):
         for row, found in zip(rows, mean_states(other, rows, layer)):
-            want = other.trace(torch.tensor([row]), "*.resid_post")[f"blocks.{layer - 1}.resid_post"][0].mean(0)
+            want = trace(other, torch.tensor([row]), "*.resid_post")[f"blocks.{layer - 1}.resid_post"][0].mean(0)
             assert np.allclose(found, want.detach().numpy(), atol=1e-5)
-    seen = other.trace(torch.tensor([TEXT]), ["logits", "blocks.2.attn.pattern"])
+    seen = trace(other, torch.tensor([TEXT]), ["logits", "blocks.2.attn.pattern"])
     assert torch.allclose(seen["logits"][0].double(), by_hand(other, TEXT), atol=1e-4)
     assert torch.allclose(seen["blocks.2.attn.pattern"].sum(-1), torch.ones(1, 4, 8))
 

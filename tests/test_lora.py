@@ -491,7 +491,7 @@ def test_equal_to_bitsandbytes(ledger):
 
 
 def test_error_against_int8_and_bf16():
-    from minigpt.gpt2 import dequantize_rows, quantize_rows
+    from minigpt.engine.weights import dequantize_rows, quantize_rows
     torch.manual_seed(0)
     weight = torch.randn(512, 512) * 0.02
 

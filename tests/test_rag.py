@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from minigpt import rag
+from minigpt.deeper.hooks import trace
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.data import ChatRenderer
 from minigpt.engine.documents import load_document
@@ -203,7 +204,7 @@ def test_mean_states_are_those_of_the_traced_model(tiny, tokenizer):
         got = ModelEmbedder(tiny, tokenizer, layer=layer)(texts)
         for text, row in zip(texts, got):
             ids = torch.tensor([tokenizer.encode_ordinary(text)])
-            want = tiny.trace(ids, name)[name][0].mean(0)
+            want = trace(tiny, ids, name)[name][0].mean(0)
             assert np.allclose(row, want.detach().numpy(), atol=1e-5)
 
 

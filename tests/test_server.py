@@ -20,8 +20,8 @@ from minigpt.engine.tokenizer import Tokenizer
 from minigpt.data import ChatRenderer
 from minigpt.engine.hub import load_pair
 from minigpt.engine.kernels import for_inference
-from minigpt.generation import Decoder, Options, RepetitionPenalty, TextStream, generate
-from minigpt.gpt2 import GPT2, GPT2Config, KVCache
+from minigpt.generation import Decoder, KVCache, Options, RepetitionPenalty, TextStream, generate
+from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.server import (Ask, Batch, Engine, Limits, Reply, Slots, create_app, row_model, running,
                             step_rows)
 

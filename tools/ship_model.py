@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.data import ChatRenderer, load_chats
-from minigpt.gpt2 import GPT2, save_int8
+from minigpt.engine.hub import save_int8
+from minigpt.gpt2 import GPT2
 
 ASSETS = Path(__file__).resolve().parent.parent / "minigpt" / "assets"
 
