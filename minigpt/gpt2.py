@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ACTIVATIONS', 'HF_FIELDS', 'SHIPPED', 'HUB_NAMES', 'HOOKS', 'GPT2Config', 'check_config', 'MLP', 'Block',
-           'init_weights', 'check_ids', 'GPT2Core', 'KVCache', 'count_parts', 'Memory', 'estimate_memory',
-           'config_from_hf', 'config_to_hf', 'find_model', 'download_model', 'read_config', 'weight_files',
-           'read_tensors', 'our_name', 'is_conv1d', 'quantize_rows', 'dequantize_rows', 'read_weights', 'check_weights',
-           'GPT2', 'hf_weights', 'int8_weights', 'model_card', 'generation_config', 'write_json', 'write_tensors',
-           'save_model', 'save_int8', 'trace_names', 'match_names', 'hook_place', 'hook_up', 'trace', 'logit_lens',
-           'plot_lens']
+           'init_weights', 'check_ids', 'GPT2Core', 'KVCache', 'count_parts', 'config_from_hf', 'config_to_hf',
+           'find_model', 'download_model', 'read_config', 'weight_files', 'read_tensors', 'our_name', 'is_conv1d',
+           'quantize_rows', 'dequantize_rows', 'read_weights', 'check_weights', 'GPT2', 'hf_weights', 'int8_weights',
+           'model_card', 'generation_config', 'write_json', 'write_tensors', 'save_model', 'save_int8', 'trace_names',
+           'match_names', 'hook_place', 'hook_up', 'trace', 'logit_lens', 'plot_lens']
 
 # %% ../nbs/03_gpt2.ipynb #imports
 import difflib
@@ -19,7 +18,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -94,12 +93,6 @@ class GPT2Config:
     def parts(self) -> dict[str, int]:
         """How many parameters each part has, see count_parts()."""
         return count_parts(self)
-
-    def memory(self, batch: int = 1, block: int | None = None,
-               dtype: torch.dtype | str = torch.float32, *,
-               training: bool = False, device: str = "cpu") -> "Memory":
-        """What a pass needs, in bytes, see estimate_memory()."""
-        return estimate_memory(self, batch, block, dtype, training, device)
 
 # %% ../nbs/03_gpt2.ipynb #checkconfig
 def check_config(config: GPT2Config) -> None:
@@ -365,56 +358,6 @@ def count_parts(config: GPT2Config) -> dict[str, int]:
             "attention": L * (3 * C * C + 3 * C + C * C + C),
             "mlp": L * (4 * C * C + 4 * C + 4 * C * C + C),
             "layer norms": (2 * L + 1) * 2 * C}
-
-# %% ../nbs/03_gpt2.ipynb #memoryclass
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that a pass needs: the parts, and the most at one moment.
-
-    `activations`: all that is alive when the way back begins, or in a forward
-    pass the largest tensors. `peak`: what the process grows by.
-    """
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    peak: int
-
-    def __str__(self) -> str:
-        return ", ".join(f"{f.name} {getattr(self, f.name) / 2**20:,.0f} MiB"
-                         for f in fields(self))
-
-# %% ../nbs/03_gpt2.ipynb #memory
-def estimate_memory(config: GPT2Config, batch: int, block: int | None,
-                    dtype: torch.dtype | str, training: bool,
-                    device: str = "cpu") -> Memory:
-    """The memory of one forward pass or one training step on (batch, block).
-
-    In training, weights, gradients and AdamW's two means are float32, and
-    `dtype` is that of autocast, and the loss that of chapter 04. `device`:
-    "cpu", or a GPU's kind. Raises ValueError for sizes that cannot be.
-    """
-    T = config.block_size if block is None else block
-    if batch < 1 or not 1 <= T <= config.block_size:
-        raise ValueError(f"batch={batch} must be 1 or more and block={T} "
-                         f"between 1 and block_size={config.block_size}")
-    size = pick_dtype("cpu", dtype).itemsize
-    C, V, N = config.n_embd, config.vocab_size, batch * T
-    count = sum(count_parts(config).values())
-    if not training:
-        acts = N * (10 * C + V) * size  # ten rows: inside the MLP
-        return Memory(count * size, 0, 0, acts,
-                      count * size + acts + 6 * 2**20)
-    copies = count * size if size < 4 else 0     # of the weights, by autocast
-    inner = N * (config.n_layer * (8 + 14 * size) + 8) * C
-    wide, cpu = size >= 4, device == "cpu"
-    outer = (size if cpu else 12) * N * V
-    loss = (0.25 if wide else 0.5) if cpu else (0.15 if wide else 0.3)
-    left = (0.9 if wide else 0.5) if cpu else (0.8 if wide else 0.3)
-    begin = copies + outer + round((1 + loss) * inner + left * 4 * count)
-    peak = 12 * count + max(begin, 4 * count + copies) + 12 * 2**20
-    return Memory(4 * count, 4 * count, 8 * count, copies + inner + outer,
-                  peak)
 
 # %% ../nbs/03_gpt2.ipynb #confighf
 HF_FIELDS = {"vocab_size": "vocab_size", "n_positions": "block_size",
