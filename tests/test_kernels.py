@@ -14,7 +14,9 @@ from minigpt.engine.kernels import (BlockwiseAttention, FastLinear, attention_ba
                                     minus_columns, shallow_copy, summed_rows_loss, use_kernels)
 from minigpt.generation import Decoder, Options, generate
 from minigpt.gpt2 import GPT2, Block, GPT2Config, KVCache
-from minigpt.training import Stepper, TrainConfig, summed_loss
+from minigpt.engine.stepper import Stepper
+from minigpt.engine.train_config import TrainConfig
+from minigpt.training import summed_loss
 
 
 def a_layer(n_embd=32, n_head=4):

@@ -108,4 +108,4 @@ class TrainConfig:
         return learning_rate(
             step, done, lr=self.lr, warmup_steps=self.warmup_steps,
             final_lr=self.final_lr, schedule=self.schedule,
-            stable=self.stable, max_steps=self.max_steps)
+            stable=self.stable)

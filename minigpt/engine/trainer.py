@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..bpe import BPETokenizer
 from ..deeper.resources import (estimate_memory, flops_per_token,
                                       largest_batch, peak_flops)
-from .batches import Batches, Phase
+from .batches import Batches, Phase, held_out_loss
 from .checkpoint import (Checkpoints, load_tensors,
                                        model_tensors, optimizer_tensors)
 from .devices import total_memory
@@ -35,7 +35,7 @@ from .stepper import Optimizer, Stepper, what_would_fit
 from .tracking import CSVLog, Meter, progress_bar
 from .train_config import TrainConfig
 from ..gpt2 import GPT2, GPT2Config
-from ..training import held_out_loss, seed_step
+from ..training import seed_step
 
 # %% ../../nbs/engine/trainer.ipynb #stopper
 class Stopper:
