@@ -16,7 +16,7 @@ from minigpt.engine.runs import make_recipe
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine.train_config import TrainConfig
 from minigpt.engine.trainer import train
-from minigpt.gpt2 import GPT2, GPT2Config
+from minigpt.gpt2 import GPT2, GPT2Config, count_parts
 from small_runs import SHAPE, SMALL, same, small_recipe
 
 
@@ -44,7 +44,7 @@ def test_mini_chat_is_the_recipe_of_the_shipped_model():
     assert config.rate_at(2700, 0.34) == 1.5e-3 and config.rate_at(8000, 1.0) == pytest.approx(1.5e-5)
     assert (config.batch_size, config.clip, config.betas, config.weight_decay) == (64, 1.0, (0.9, 0.95), 0.1)
     shape = GPT2Config.preset(recipe["model"].pop("preset"), **recipe["model"])
-    assert shape.dropout == 0.1 and sum(shape.parts().values()) == 35_984_384
+    assert shape.dropout == 0.1 and sum(count_parts(shape).values()) == 35_984_384
 
 
 def test_recipe_runs_resumes_and_answers(tmp_path):

@@ -31,7 +31,8 @@ def what_would_fit(rows: int,   # windows at a time that are too many
                    ) -> str:
     """What to set, in words."""
     if rows > 1 and fit > 0:
-        return f"set micro_batch={fit} (windows at a time; a step stays as it is)"
+        return (f"set micro_batch={fit} (windows at a time; a step stays as "
+                "large as it is)")
     return ("not even one window fits: take a smaller block_size, a smaller "
             "model, or dtype='bfloat16'")
 

@@ -80,7 +80,7 @@ class TrainConfig:
     block_size: int | None = None  # tokens a window (None: the model's)
     lr: float = 1e-3              # the highest learning rate
     final_lr: float = 0.01        # the share of it that is left at the end
-    schedule: str = "cosine"      # or "wsd" (warm-up, stable, decay), "constant"
+    schedule: str = "cosine"      # "wsd" (warm-up, stable, decay), "constant"
     warmup_steps: int = 100
     stable: float = 0.35          # share of the run before "wsd" decays
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's
