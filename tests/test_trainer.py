@@ -594,7 +594,7 @@ def test_a_given_optimizer_keeps_its_groups_rates():
 
 
 @pytest.mark.parametrize("make", [
-    lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.8, 0.99)),
+    lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.8, 0.99)),
     lambda model: torch.optim.SGD(model.parameters(), lr=1e-1, momentum=0.9)])
 def test_a_given_optimizer_is_the_one_that_steps(make, tmp_path):
     """Against a loop of one's own; and stopped after half of it and resumed, bit for bit."""
@@ -609,7 +609,7 @@ def test_a_given_optimizer_is_the_one_that_steps(make, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     ours = train(tiny(), stream(), config, optimizer=make, out=tmp_path, progress=False).model
-    assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(ours.parameters(), plain.parameters(), strict=True))
+    assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(ours.parameters(), plain.parameters(), strict=True))
     shutil.rmtree(Checkpoints(tmp_path).path(6))
     assert same(ours, train(tiny(), stream(), config, optimizer=make, out=tmp_path, resume=True, progress=False).model)
 
