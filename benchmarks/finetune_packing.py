@@ -22,7 +22,7 @@ from minigpt.engine.tokenizer import Tokenizer  # noqa: E402
 from minigpt.data import ChatRenderer, load_chats  # noqa: E402
 from minigpt.finetuning import finetune  # noqa: E402
 from minigpt.gpt2 import GPT2  # noqa: E402
-from minigpt.training import run_recipe  # noqa: E402
+from minigpt.engine.recipes import run_recipe  # noqa: E402
 
 LONG = {"context", "story", "paragraph", "questions"}
 

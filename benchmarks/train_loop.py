@@ -1,4 +1,4 @@
-"""The whole training loop against the bare step: tokens/s of `minigpt.training.train`, with data, seeding, clipping, log,
+"""The whole training loop against the bare step: tokens/s of `minigpt.train`, with data, seeding, clipping, log,
 progress line and checks, over those of forward + backward + AdamW on one batch that never changes.
 
   python benchmarks/train_loop.py [--configs mini nano] [--dtypes fp32 bf16] [--steps 20] [--rounds 5]
@@ -58,7 +58,9 @@ def bare_loop(cfg, dtype, steps):
 def whole_loop(cfg, dtype, steps):
     """The same for the loop, taken between two lines of its log."""
     from minigpt.gpt2 import GPT2
-    from minigpt.training import TokenArray, TrainConfig, train
+    from minigpt.engine.batches import TokenArray
+    from minigpt.engine.train_config import TrainConfig
+    from minigpt.engine.trainer import train
     torch.manual_seed(0)
     marks = []
     ids = np.random.default_rng(0).integers(cfg["vocab"], size=1_000_000).astype(np.uint16)

@@ -15,8 +15,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "BPETokenizer": "bpe", "ChatRenderer": "data", "TokenFile": "data",
     "load_chats": "data", "load_text": "data", "GPT2": "gpt2",
-    "GPT2Config": "gpt2", "TrainConfig": "training", "train": "training",
-    "plan": "training", "KVCache": "generation", "generate": "generation",
+    "GPT2Config": "gpt2", "TrainConfig": "engine.train_config",
+    "train": "engine.trainer", "plan": "engine.plan",
+    "KVCache": "generation", "generate": "generation",
     "stream": "generation", "beam_search": "generation",
     "perplexity": "evaluation", "bits_per_byte": "evaluation",
     "bleu": "evaluation", "Votes": "evaluation", "finetune": "finetuning",

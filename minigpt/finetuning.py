@@ -30,15 +30,16 @@ from .bpe import BPETokenizer
 from .data import (DATA, SEPARATOR, ChatRenderer, RowEncoder, Windows,
                           as_chat, check_messages, load_chats, read_rows,
                           shuffled_numbers)
+from .engine.batches import Phase, TokenArray
 from .engine.files import refuse_unwritable
+from .engine.ranks import Ranks, join_ranks
+from .engine.stepper import Stepper
+from .engine.train_config import TrainConfig
+from .engine.trainer import TrainResult, train
 from .evaluation import score_chats, score_texts
 from .generation import Decoder, Generation, generate
 from .gpt2 import GPT2
-from .training import (Batches, Checkpoints, Phase, Ranks, Run,
-                              Stepper, TokenArray, TrainConfig, TrainResult,
-                              check_memory, check_run, join_ranks, resume_run,
-                              run_lock, run_loop, sync_gradients, train,
-                              whole_model)
+from .training import evaluating
 
 # %% ../nbs/07_finetuning.ipynb #reply
 from .evaluation import fit_prompts
@@ -447,7 +448,8 @@ def row_length(config: TrainConfig | dict | None, model: GPT2) -> int:
 def save_tuned(result: FinetuneResult, tokenizer: BPETokenizer,
                ranks: Ranks) -> None:
     """Write the model of a run into its folder, if it has one."""
-    finished = whole_model(result.model)
+    from minigpt.deeper.distributed import whole_model
+    finished = whole_model(result.model, ranks.rank)
     if result.folder is not None and not ranks.rank:
         finished.save_pretrained(result.folder / "model", tokenizer,
                                  overwrite=True)
@@ -456,8 +458,10 @@ def save_tuned(result: FinetuneResult, tokenizer: BPETokenizer,
 def measure_whole(model: GPT2, found: Callable[[GPT2], dict], ranks: Ranks
                   ) -> dict[str, float]:
     """What `found` says of the whole model, on rank 0; all ranks get it."""
-    finished = whole_model(model).to(ranks.device)
-    return ranks.gather({} if ranks.rank else found(finished))[0]
+    from minigpt.deeper.distributed import whole_model
+    finished = whole_model(model, ranks.rank)
+    return ranks.gather({} if ranks.rank else
+                        found(finished.to(ranks.device)))[0]
 
 # %% ../nbs/07_finetuning.ipynb #finetune
 def finetune(model: GPT2, chats: Any, *, tokenizer: BPETokenizer,
@@ -660,7 +664,7 @@ class PairStepper(Stepper):
         size = 2 * ((self.config.micro_batch or len(ids)) // 2 or 1)
         total = torch.zeros((), device=self.device)
         for i in range(0, len(ids), size):
-            sync_gradients(self.model, last=i + size >= len(ids))
+            self.sync(last=i + size >= len(ids))
             loss = self.pair_losses(ids[i:i + size], targets[i:i + size])
             loss = loss.sum() / pairs
             self.scaler.scale(loss * self.ranks.world).backward()
@@ -744,25 +748,21 @@ def dpo(model: GPT2, pairs: Any = None, *, tokenizer: BPETokenizer,
     check_dpo(config, beta, ranks.world)
     rows.share(config, ranks, size=2)
     phase = Phase(rows, loss="answers")
-    with run_lock(out, ranks):
-        check_run(model, [phase], config, None, out, resume, tokenizer)
-        run = Run(model, config,
-                  Batches([phase], config, rows.block_size, ranks),
-                  PairStepper(model, config, ranks, beta), ranks,
-                  Checkpoints(out, config.keep_last) if out else None,
-                  tokenizer)
-        check_memory(run)
-        frozen, before = run.stepper.reference, {}
-        if judge:
-            reference = pair_logprobs(frozen, judge)
-            before = measure_pairs(frozen, judge, reference, beta)
-        if resume:
-            resume_run(run, force=resume == "force")
-        stopped = run_loop(run, None, callbacks, progress)
-    model.eval()
-    result = FinetuneResult(model, run.history, run.step, stopped, out, before)
+    before: dict[str, float] = {}
+    if judge:
+        with evaluating(model.to(ranks.device)):
+            reference = pair_logprobs(model, judge)
+            before = measure_pairs(model, judge, reference, beta)
+
+    def stepper(model: GPT2, config: TrainConfig, ranks: Ranks) -> PairStepper:
+        return PairStepper(model, config, ranks, beta)
+
+    trained = train(model, phase, config, out=out, resume=resume,
+                    tokenizer=tokenizer, callbacks=callbacks,
+                    progress=progress, stepper=stepper)
+    result = FinetuneResult(**vars(trained), before=before)
     save_tuned(result, tokenizer, ranks)
-    if judge and not stopped:
+    if judge and not trained.stopped:
         result.after = measure_whole(model, lambda tuned: measure_pairs(
             tuned, judge, reference, beta), ranks)
     return result

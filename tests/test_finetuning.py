@@ -22,7 +22,10 @@ from minigpt.finetuning import (PackedRows, PairRows, PairStepper, best_fit, doc
                                 finetune, load_pairs, measure, reply_all)
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
-from minigpt.training import Batches, Phase, Ranks, Stepper, TrainConfig
+from minigpt.engine.batches import Batches, Phase
+from minigpt.engine.ranks import Ranks
+from minigpt.engine.stepper import Stepper
+from minigpt.engine.train_config import TrainConfig
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QUIET = {"progress": False}

@@ -13,9 +13,11 @@ from minigpt.deeper.hooks import trace
 from minigpt.engine import kernels
 from minigpt.engine.kernels import (BlockwiseAttention, FastLinear, attention_backward, blockwise_attention, for_inference,
                                     minus_columns, shallow_copy, summed_rows_loss, use_kernels)
+from minigpt.engine.stepper import Stepper
+from minigpt.engine.train_config import TrainConfig
 from minigpt.generation import Decoder, KVCache, Options, generate
 from minigpt.gpt2 import GPT2, Block, GPT2Config
-from minigpt.training import Stepper, TrainConfig, summed_loss
+from minigpt.training import summed_loss
 
 
 def a_layer(n_embd=32, n_head=4):

@@ -20,7 +20,9 @@ from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.lora import (NF4, LoraConfig, LoraLinear, NF4Linear, adapted, apply_lora, linear_layers, load_adapter, lora_layers,
                           merge_lora, quantize_model, quantize_nf4, save_adapter, set_adapter, trainable_report,
                           unmerge_lora)
-from minigpt.training import TrainConfig, summed_loss, train
+from minigpt.engine.train_config import TrainConfig
+from minigpt.engine.trainer import train
+from minigpt.training import summed_loss
 
 SHAPE = GPT2Config(vocab_size=300, block_size=64, n_layer=2, n_head=4, n_embd=64, bos_token_id=0, eos_token_id=0)
 IDS = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(3))

@@ -340,7 +340,7 @@ def _train(
       torchrun --nproc-per-node 8 -m minigpt train mini-chat --folder data
     """
     from minigpt.engine.runs import open_recipe, say_end
-    from minigpt.training import run_recipe
+    from minigpt.engine.recipes import run_recipe
     plan = open_recipe(recipe, text=text, chats=chats, tokens=tokens,
                        held=held, preset=preset, tokenizer=tokenizer,
                        vocab_size=vocab_size, tensorboard=tensorboard)
@@ -396,7 +396,7 @@ def _plan(
       minigpt plan
       minigpt plan gpt2 --machine t4 --tokens 1e9
     """
-    from minigpt.training import plan
+    from minigpt.engine.plan import plan
     print(plan(model, machine, batch=batch, block_size=block_size,
                dtype=dtype, tokens=tokens, price=price, measure=measure))
 

@@ -57,7 +57,7 @@ def open_recipe(recipe: str | None,   # a file, or the name of one
     if recipe and (text or chats or tokens):
         raise ValueError(f"a recipe ({recipe}) names its own data: leave out "
                          "--text, --chats and --tokens, or the recipe")
-    from minigpt.training import load_recipe
+    from minigpt.engine.recipes import load_recipe
     plan = load_recipe(recipe) if recipe else make_recipe(
         text, chats, tokens=tokens, **flags)
     return {**plan, "tensorboard": True} if tensorboard else plan
