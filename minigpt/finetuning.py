@@ -27,15 +27,17 @@ from torch import Tensor, nn
 
 from .attention import causal_mask
 from .bpe import BPETokenizer
-from .data import (DATA, SEPARATOR, ChatRenderer, RowEncoder, Windows,
-                          as_chat, check_messages, load_chats, read_rows,
-                          shuffled_numbers)
+from .data import SEPARATOR, TokenArray, Windows, shuffled_numbers
+from .engine.chat_format import (
+    ChatRenderer, RowEncoder, check_messages)
+from .engine.dataset_readers import (
+    DATA, as_chat, load_chats, read_rows)
 from .engine.files import refuse_unwritable
 from .evaluation import score_chats, score_texts
 from .generation import Decoder, Generation, generate
 from .gpt2 import GPT2
 from .training import (Batches, Checkpoints, Phase, Ranks, Run,
-                              Stepper, TokenArray, TrainConfig, TrainResult,
+                              Stepper, TrainConfig, TrainResult,
                               check_memory, check_run, join_ranks, resume_run,
                               run_lock, run_loop, sync_gradients, train,
                               whole_model)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'ALLOWED', 'POSITIVE', 'PEAK_TFLOPS', 'MAY_CHANGE', 'MACHINES', 'KIND', 'KINDS', 'RECIPE', 'TrainConfig',
            'fits', 'check_training', 'learning_rate', 'make_optimizer', 'summed_loss', 'Ranks', 'join_ranks',
-           'distribute', 'sync_gradients', 'seed_step', 'Stepper', 'is_out_of_memory', 'out_of_memory', 'TokenArray',
-           'Phase', 'Batches', 'window_sums', 'evaluating', 'held_out_loss', 'flops_per_token', 'peak_flops', 'whole',
+           'distribute', 'sync_gradients', 'seed_step', 'Stepper', 'is_out_of_memory', 'out_of_memory', 'Phase',
+           'Batches', 'window_sums', 'evaluating', 'held_out_loss', 'flops_per_token', 'peak_flops', 'whole',
            'model_tensors', 'optimizer_tensors', 'load_tensors', 'file_check', 'write_folder', 'saved_state',
            'Checkpoints', 'Stopper', 'Run', 'run_settings', 'save_run', 'resume_run', 'evaluate_run', 'check_tokens',
            'check_run', 'largest_batch', 'check_memory', 'TrainResult', 'guarded', 'report_row', 'read_meter',
@@ -45,9 +45,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .bpe import BPETokenizer
-from .data import (ROW_FILES, TEXT_FILES, TokenFile, Windows,
-                          WindowSampler, find_files, load_chats, load_hub,
-                          load_text, pack, split_held, tokenizer_hash)
+from .data import TokenArray, Windows, WindowSampler, split_held
+from .engine.dataset_readers import (
+    ROW_FILES, TEXT_FILES, find_files, load_chats, load_hub, load_text)
 from .engine.devices import pick_device, pick_dtype, total_memory
 from .engine.files import (
     atomic_folder, read_json, read_text, write_text)
@@ -395,26 +395,6 @@ def out_of_memory(config: TrainConfig, rows: int) -> MemoryError:
                "else)" if size > 1 else "set a smaller block_size or model")
     return MemoryError(f"{size} windows at a time do not fit into memory: "
                        f"{smaller}, or ask `plan` (minigpt plan) what fits")
-
-# %% ../nbs/04_training.ipynb #token-array
-@dataclass(frozen=True)
-class TokenArray:
-    """Ids in memory with the attributes of a TokenFile.
-
-    ids: (N,) integers; mask: (N,), 1 where a token counts, or None.
-    """
-
-    ids: np.ndarray
-    mask: np.ndarray | None = None
-    path: str = "these tokens"
-
-    def __post_init__(self):
-        if np.ndim(self.ids) != 1:
-            raise ValueError(f"token ids of shape {np.shape(self.ids)}: give "
-                             "one row of ids, all texts after one another")
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 # %% ../nbs/04_training.ipynb #phase
 @dataclass(frozen=True)
@@ -1533,10 +1513,11 @@ def recipe_rows(part: dict[str, Any], folder: str | Path = ".",
 def recipe_tokens(rows: Callable[[], list], path: Path,
                   tokenizer: BPETokenizer, ranks: Ranks = Ranks(), *,
                   source: str = "", begun: bool = False, num_proc: int = 1,
-                  progress: bool | None = None) -> TokenFile:
+                  progress: bool | None = None) -> TokenArray:
     """The token file at `path`, packed from what `rows()` gives if it is
     not there yet, or not made of `source` (see is_current). Rank 0 packs,
     the others wait."""
+    from minigpt.deeper.packing import TokenFile, pack
     note = path.with_suffix(".json")
     if not ranks.rank and not is_current(path, note, source, begun):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1545,11 +1526,9 @@ def recipe_tokens(rows: Callable[[], list], path: Path,
         if not found:
             raise ValueError("there is no document to pack: name text or "
                              "chats that are not empty")
-        chat = next((i for i, row in enumerate(found)
-                     if isinstance(row, dict)), 0)          # says: mask
-        found[0], found[chat] = found[chat], found[0]
-        pack(found, path, tokenizer, num_proc=num_proc, progress=progress,
-             overwrite=True)
+        masked = any(isinstance(row, dict) for row in found)
+        pack(found, path, tokenizer, masked=masked, num_proc=num_proc,
+             progress=progress, overwrite=True)
         note.write_text(source, encoding="utf-8")
     ranks.gather("packed")
     return TokenFile(path, tokenizer)
@@ -1606,17 +1585,18 @@ def recipe_phases(recipe: dict, shape: GPT2Config, config: TrainConfig,
                   tokenizer: BPETokenizer, out: Path,
                   folder: str | Path = ".", ranks: Ranks = Ranks(),
                   num_proc: int = 1, begun: bool = False
-                  ) -> tuple[list[Phase], TokenFile | None]:
+                  ) -> tuple[list[Phase], TokenArray | None]:
     """The phases of a recipe and its held-out tokens, packed or streamed.
 
     begun: keep what is packed, whatever has become of its files."""
+    from minigpt.deeper.packing import TokenFile, tokenizer_hash
     held_part = recipe.get("held", {})
     share = held_part.get("share", 0.0)
     if share and any(part.get("stream") for part in recipe["phase"]):
         raise ValueError("a stream can't be split: in place of share, name "
                          "held-out text or chats in [held]")
 
-    def tokens_of(part: dict, side: int, name: str) -> TokenFile:
+    def tokens_of(part: dict, side: int, name: str) -> TokenArray:
         if "tokens" in part and share:
             raise ValueError("a packed file can't be split: in place of "
                              "share, name the held-out tokens in [held]")

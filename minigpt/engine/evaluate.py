@@ -11,7 +11,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from minigpt.data import load_chats
+from minigpt.engine.dataset_readers import load_chats
 from minigpt.engine import report
 
 # %% ../../nbs/engine/evaluate.ipynb #free-folder

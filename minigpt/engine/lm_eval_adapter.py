@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..data import ChatRenderer
+from .chat_format import ChatRenderer
 from .report import open_model
 from ..evaluation import EVAL, score_ids, score_rows
 from ..generation import Options, stream_text

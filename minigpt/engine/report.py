@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from ..bpe import BPETokenizer
-from ..data import ChatRenderer, Rendered, load_chats
+from .chat_format import ChatRenderer, Rendered
+from .dataset_readers import load_chats
 from .files import write_files
 from .hub import load_pair
 from ..evaluation import (
