@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from minigpt.data import load_chats  # noqa: E402
+from minigpt.engine.dataset_readers import load_chats  # noqa: E402
 from minigpt.engine.everyday import load_everyday, split_turns  # noqa: E402
 
 

@@ -58,7 +58,8 @@ def bare_loop(cfg, dtype, steps):
 def whole_loop(cfg, dtype, steps):
     """The same for the loop, taken between two lines of its log."""
     from minigpt.gpt2 import GPT2
-    from minigpt.training import TokenArray, TrainConfig, train
+    from minigpt.data import TokenArray
+    from minigpt.training import TrainConfig, train
     torch.manual_seed(0)
     marks = []
     ids = np.random.default_rng(0).integers(cfg["vocab"], size=1_000_000).astype(np.uint16)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import (ChatSession, Conversation, OneAtATime, Shelf, as_documents, parse_transcript,
                           read_messages, transcript, turn_seed, write_messages)
-from minigpt.data import load_chats
+from minigpt.engine.dataset_readers import load_chats
 from minigpt.engine.hub import load_pair
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config

@@ -21,9 +21,11 @@ from minigpt import training as t
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine import tracking
 from minigpt.engine.runs import make_recipe
-from minigpt.data import TokenFile, WindowSampler, load_text, pack
+from minigpt.data import TokenArray, WindowSampler
+from minigpt.deeper.packing import TokenFile, pack
+from minigpt.engine.dataset_readers import load_text
 from minigpt.gpt2 import GPT2, GPT2Config
-from minigpt.training import (Checkpoints, Phase, Ranks, Stepper, StreamSampler, TokenArray, TrainConfig, plan, train)
+from minigpt.training import Checkpoints, Phase, Ranks, Stepper, StreamSampler, TrainConfig, plan, train
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = GPT2Config(vocab_size=300, block_size=32, n_layer=2, n_head=2, n_embd=32)

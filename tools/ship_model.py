@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.data import ChatRenderer, load_chats
+from minigpt.engine.chat_format import ChatRenderer
+from minigpt.engine.dataset_readers import load_chats
 from minigpt.gpt2 import GPT2, save_int8
 
 ASSETS = Path(__file__).resolve().parent.parent / "minigpt" / "assets"
