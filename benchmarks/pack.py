@@ -24,13 +24,13 @@ import _common as c
 def make_text(path: Path, mb: int, source: str | None, conversations: str | None) -> None:
     """Write a file of documents of about `mb` megabytes."""
     from minigpt.data import text_of
-    from minigpt.deeper.packing import chunk_rows
+    from minigpt.engine.parallel import chunked
     from minigpt.engine.dataset_readers import load_chats
     if conversations:
         docs = (text_of(chat) for chat in load_chats(conversations, streaming=True))
     else:
         paragraphs = c.load_text(source or "text-20mb.txt").split("\n\n")
-        docs = ["\n\n".join(chunk) for chunk in chunk_rows(paragraphs, 2000)]
+        docs = ["\n\n".join(chunk) for chunk in chunked(paragraphs, 2000)]
     left, wanted = mb * 1_000_000, []
     while left > 0:
         before = left

@@ -242,7 +242,7 @@ def test_files_of_before_the_digest_are_read(tmp_path, tok, stories):
 
 WRONG = ["def join(parts):\n    return TokenArray(np.concatenate([p.ids for p in parts]))",
          "def document(tokens, n, endoftext):\n    return tokens.ids[:10]",
-         "def to_bytes(ids, vocab_size):\n    return np.array(ids, np.uint16).tobytes()\n"
+         "def to_bytes(ids, vocab_size):\n    return np.array(ids).astype(np.uint16).tobytes()\n"
          "def from_bytes(data, vocab_size):\n    return np.frombuffer(data, np.uint16)"]
 
 

@@ -138,7 +138,10 @@ def read_rows(source: str | Path, config: str | None = None,
       file has no splits and is read whole.
     """
     paths = find_files(source, ROW_FILES)
-    if not paths or (Path(source) / "README.md").is_file():
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if not paths or (folder / "README.md").is_file():
         rows = load_hub(source, config, split, streaming)
         if not paths or rows.info.builder_name != "text":
             yield from ((f"{source}, row {n}", r) for n, r in enumerate(rows))
