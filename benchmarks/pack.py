@@ -6,7 +6,7 @@ The text is a file of documents (default: the cache folder's text-20mb.txt, para
 characters, repeated up to --mb; with --conversations one document for each conversation).
 `tokenizer` is `encode_array` of every document, held in memory, by a fresh process and a fresh cache: no file is read
 or written. `pack` begins with the text file and ends with the token file: reading, cutting into documents, encoding,
-hashing for the resume, writing the parts and joining them. Both run in turn, in processes of their own; with one
+writing them aside, and the digest. Both run in turn, in processes of their own; with one
 process the times are CPU times where BENCH_THREADS=1, with several they are wall times, against the tokenizer's
 `encode_iter` with as many processes.
 The target: pack takes at most 1.3 times as long as the tokenizer.
@@ -23,12 +23,14 @@ import _common as c
 
 def make_text(path: Path, mb: int, source: str | None, conversations: str | None) -> None:
     """Write a file of documents of about `mb` megabytes."""
-    from minigpt.data import chunk_rows, load_chats, text_of
+    from minigpt.data import text_of
+    from minigpt.engine.parallel import chunked
+    from minigpt.engine.dataset_readers import load_chats
     if conversations:
         docs = (text_of(chat) for chat in load_chats(conversations, streaming=True))
     else:
         paragraphs = c.load_text(source or "text-20mb.txt").split("\n\n")
-        docs = ["\n\n".join(chunk) for chunk in chunk_rows(paragraphs, 2000)]
+        docs = ["\n\n".join(chunk) for chunk in chunked(paragraphs, 2000)]
     left, wanted = mb * 1_000_000, []
     while left > 0:
         before = left
@@ -48,7 +50,7 @@ def clock(procs: int) -> float:
 
 def tokenizer_alone(path: str, procs: int) -> dict:
     from minigpt.engine.tokenizer import Tokenizer
-    from minigpt.data import load_text
+    from minigpt.engine.dataset_readers import load_text
     tok, docs = Tokenizer.from_pretrained(), load_text(path)
     t, count = clock(procs), 0
     if procs == 1:
@@ -63,13 +65,14 @@ def tokenizer_alone(path: str, procs: int) -> dict:
 
 def packing(path: str, procs: int) -> dict:
     from minigpt.engine.tokenizer import Tokenizer
-    from minigpt.data import load_text, pack
+    from minigpt.deeper.packing import pack
+    from minigpt.engine.dataset_readers import load_text
     tok, target = Tokenizer.from_pretrained(), Path(path).with_suffix(".bin")
     c.reset_peak_rss()
     base = c.rss_mb()
     t = clock(procs)
     file = pack(load_text(path, streaming=True), target, tok, num_proc=procs, overwrite=True, progress=False)
-    return {"seconds": clock(procs) - t, "tokens": len(file), "documents": file.header["n_documents"],
+    return {"seconds": clock(procs) - t, "tokens": len(file), "documents": file.header.n_documents,
             "added_mb": c.vm_hwm_mb() - base}
 
 

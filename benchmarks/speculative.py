@@ -58,7 +58,8 @@ def main():
     if c.project() is None:
         return
     from minigpt.engine.tokenizer import Tokenizer
-    from minigpt.data import ChatRenderer, load_chats, load_text
+    from minigpt.engine.chat_format import ChatRenderer
+    from minigpt.engine.dataset_readers import load_chats, load_text
     from minigpt.generation import Decoder, ModelDraft, NGramDraft, Options, generate_options, speculate
     from minigpt.gpt2 import GPT2
     model, tokenizer = GPT2.from_pretrained(), Tokenizer.from_pretrained()

@@ -58,7 +58,7 @@ def bare_loop(cfg, dtype, steps):
 def whole_loop(cfg, dtype, steps):
     """The same for the loop, taken between two lines of its log."""
     from minigpt.gpt2 import GPT2
-    from minigpt.engine.batches import TokenArray
+    from minigpt.data import TokenArray
     from minigpt.engine.train_config import TrainConfig
     from minigpt.engine.trainer import train
     torch.manual_seed(0)

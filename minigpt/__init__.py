@@ -13,8 +13,9 @@ import importlib
 
 __version__ = "0.1.0"
 _HOMES = {
-    "BPETokenizer": "bpe", "ChatRenderer": "data", "TokenFile": "data",
-    "load_chats": "data", "load_text": "data", "GPT2": "gpt2",
+    "BPETokenizer": "bpe", "ChatRenderer": "engine.chat_format",
+    "TokenFile": "deeper.packing", "load_chats": "engine.dataset_readers",
+    "load_text": "engine.dataset_readers", "GPT2": "gpt2",
     "GPT2Config": "gpt2", "TrainConfig": "engine.train_config",
     "train": "engine.trainer", "plan": "engine.plan",
     "KVCache": "generation", "generate": "generation",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .bpe import BPETokenizer
-from .data import ChatRenderer, check_messages
+from .engine.chat_format import ChatRenderer, check_messages
 from .engine.files import decode_text, parse_json, write_text
 from .engine.hub import load_pair
 from .generation import (Decoder, Options, RepetitionPenalty,

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .bpe import BPETokenizer
-from .data import read_rows
+from .engine.dataset_readers import read_rows
 from .generation import generate
 from .gpt2 import GPT2, GPT2Config
 

@@ -27,10 +27,12 @@ from torch import Tensor, nn
 
 from .attention import causal_mask
 from .bpe import BPETokenizer
-from .data import (DATA, SEPARATOR, ChatRenderer, RowEncoder, Windows,
-                          as_chat, check_messages, load_chats, read_rows,
-                          shuffled_numbers)
-from .engine.batches import Phase, TokenArray
+from .data import SEPARATOR, TokenArray, Windows, shuffled_numbers
+from .engine.batches import Phase
+from .engine.chat_format import (
+    ChatRenderer, RowEncoder, check_messages)
+from .engine.dataset_readers import (
+    DATA, as_chat, load_chats, read_rows)
 from .engine.files import refuse_unwritable
 from .engine.ranks import Ranks, join_ranks
 from .engine.stepper import Stepper
@@ -40,6 +42,7 @@ from .evaluation import score_chats, score_texts
 from .generation import Decoder, Generation, generate
 from .gpt2 import GPT2
 from .training import evaluating
+
 
 # %% ../nbs/07_finetuning.ipynb #reply
 from .evaluation import fit_prompts

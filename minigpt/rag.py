@@ -999,7 +999,7 @@ class RAG:
 # %% ../nbs/09_rag.ipynb #read-prompt
 def read_prompt(rag: RAG, prompt: str) -> str | None:
     """What the model of a RAG says, see RAG.read."""
-    from minigpt.data import ChatRenderer
+    from minigpt.engine.chat_format import ChatRenderer
     from minigpt.engine.hub import load_pair
     from minigpt.generation import Decoder, generate
     if rag._decoder is None:

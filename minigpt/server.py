@@ -49,7 +49,7 @@ from torch import Tensor
 from . import __version__
 from .attention import set_attn_implementation
 from .bpe import BPETokenizer
-from .data import ChatRenderer
+from .engine.chat_format import ChatRenderer
 from .engine.hub import load_pair
 from .engine.kernels import for_inference, shallow_copy
 from .generation import (Generation, KVCache, Options,

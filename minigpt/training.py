@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
 # %% ../nbs/04_training.ipynb #lr
 def learning_rate(step: int,            # counted from 0
                   done: float,          # share of the run that is over

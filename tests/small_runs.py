@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minigpt.engine.batches import TokenArray
+from minigpt.data import TokenArray
 from minigpt.engine.recipes import load_recipe
 from minigpt.engine.stepper import Stepper
 from minigpt.engine.train_config import TrainConfig

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import (ChatSession, Conversation, OneAtATime, Shelf, as_documents, parse_transcript,
                           read_messages, transcript, turn_seed, write_messages)
-from minigpt.data import load_chats
+from minigpt.engine.dataset_readers import load_chats
 from minigpt.engine.hub import load_pair
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -764,7 +764,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     (b'[{"role": "user", "content": "Hi"}]', "has no answer"),
     (b'[{"role": "assistant", "content": "Hi"}]', "'user' is due"),
     (b'[{"role": "user", "content": 5}, {"role": "assistant", "content": "Hi"}]', "must be a text"),
-    (b'[{"role": "user"}]', "'content' is missing"), (b'[{"role": "system", "content": "Hi"}]', "has no answer"),
+    (b'[{"role": "user"}]', "'content' is missing"), (b'[{"role": "system", "content": "Hi"}]', "is no conversation"),
     (b'[{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "Hi"}]', "half a character")])
 def test_bad_transcripts_are_named_and_change_nothing(small, tmp_path, content, match):
     path = tmp_path / "bad.json"

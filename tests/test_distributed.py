@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from exercise_cells import exercises, said
-from minigpt.data import WindowSampler, load_text
+from minigpt.data import WindowSampler
+from minigpt.engine.dataset_readers import load_text
 from minigpt.engine.batches import Batches, Phase, StreamSampler
 from minigpt.engine.checkpoint import Checkpoints
 from minigpt.engine.ranks import Ranks

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.data import ChatRenderer, load_chats
+from minigpt.engine.chat_format import ChatRenderer
+from minigpt.engine.dataset_readers import load_chats
 from minigpt.evaluation import (
     NOT_SAID, NGram, NGramDecoder, Question, Scored, Scores, accuracy_by_group, answer_chats, bits_per_byte, bleu,
     bootstrap, calibration, choice_accuracy, chrf, credit, distinct, exact_match, load_questions, option_ids,

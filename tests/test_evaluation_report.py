@@ -17,7 +17,8 @@ from command_line import minigpt, one_line
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine import evaluate
 from minigpt.engine.evaluate import _free_folder as free_folder
-from minigpt.data import ChatRenderer, load_chats
+from minigpt.engine.chat_format import ChatRenderer
+from minigpt.engine.dataset_readers import load_chats
 from minigpt.evaluation import NOT_SAID, bleu, score_chats, token_f1
 from minigpt.engine.devices import pick_device
 from minigpt.gpt2 import GPT2, GPT2Config

@@ -308,7 +308,7 @@ def test_matches_come_from_answers():
 
 def test_a_model_against_itself():
     from minigpt.engine.tokenizer import Tokenizer
-    from minigpt.data import ChatRenderer
+    from minigpt.engine.chat_format import ChatRenderer
     from minigpt.evaluation import answer_chats
     from minigpt.engine.baselines import open_model
     model, renderer = open_model("untrained")[0], ChatRenderer(Tokenizer.from_pretrained())

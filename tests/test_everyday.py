@@ -11,7 +11,8 @@ import torch
 from scipy.stats import binomtest
 
 from minigpt.bpe import BPETokenizer
-from minigpt.chat import ChatSession, Speaker, load_pair
+from minigpt.chat import ChatSession, Speaker
+from minigpt.engine.hub import load_pair
 from minigpt.engine.everyday import (
     EVERYDAY, KINDS, SESSION, ask_rows, count_items, everyday, everyday_table, judge, load_everyday, split_turns,
     well_formed, wilson)

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 
 from minigpt import finetuning as ft
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.data import ChatRenderer, TokenFile, load_chats, load_text, pack
+from minigpt.deeper.packing import TokenFile, pack
+from minigpt.engine.chat_format import ChatRenderer
+from minigpt.engine.dataset_readers import load_chats, load_text
 from minigpt.finetuning import (PackedRows, PairRows, PairStepper, best_fit, documents_apart, dpo, dpo_loss, encode_chats,
                                 finetune, load_pairs, measure, reply_all)
 from minigpt.generation import generate
@@ -108,7 +110,7 @@ def test_packed_rows_hold_what_the_renderer_gives(chats, tokenizer, renderer, tm
             else:
                 assert mask[a] == 0
     assert met == len(some)
-    file = pack(some, tmp_path / "t.tokens", tokenizer, progress=False)   # the same from a token file
+    file = pack(some, tmp_path / "t.tokens", tokenizer, masked=True, progress=False)   # the same from a token file
     again = PackedRows(TokenFile(file.path), 128, 0)
     assert all(np.array_equal(a, b) for n in range(packed.n_rows) for a, b in zip(packed.row(n), again.row(n)))
 
@@ -216,7 +218,7 @@ def test_bad_conversations_are_named(tokenizer):
 
 
 def test_a_row_that_is_too_long_for_a_token_file_is_named(tokenizer, tmp_path):
-    file = pack([talk("Hi", "Hello"), talk("Hi", "word " * 300)], tmp_path / "t.tokens", tokenizer, progress=False)
+    file = pack([talk("Hi", "Hello"), talk("Hi", "word " * 300)], tmp_path / "t.tokens", tokenizer, masked=True, progress=False)
     with pytest.raises(ValueError, match="conversation 1 has"):
         PackedRows(file, 128, 0)
 

@@ -10,7 +10,7 @@ import torch
 from command_line import minigpt
 
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.data import load_chats
+from minigpt.engine.dataset_readers import load_chats
 from minigpt.gpt2 import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent

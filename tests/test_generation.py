@@ -9,7 +9,8 @@ import torch.nn as nn
 
 from minigpt import generation as g
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.data import ChatRenderer, load_chats
+from minigpt.engine.chat_format import ChatRenderer
+from minigpt.engine.dataset_readers import load_chats
 from minigpt.gpt2 import GPT2, GPT2Config
 
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ from itertools import count, islice
 
 import pytest
 
-from minigpt.engine.parallel import Workers, ordered_map
+from minigpt.engine.parallel import Workers, chunked, ordered_map
 
 
 def slow_square(scale: int, n: int) -> tuple[int, int]:
@@ -67,3 +67,13 @@ def test_workers_stay_up_and_end():
     assert len({*first, *second}) == 1
     with pytest.raises(RuntimeError):
         list(pool.map([1]))
+
+
+@pytest.mark.parametrize("size", [1, 4, 10, 1000])
+def test_chunks_hold_all_items_and_no_more_than_is_asked_for(size):
+    items = ["x" * (n % 5) for n in range(50)]
+    chunks = list(chunked(items, size))
+    assert sum(chunks, []) == items and all(sum(map(len, c[:-1])) < size <= sum(map(len, c)) for c in chunks[:-1])
+    endless = chunked(("ab" for _ in count()), 4)
+    assert list(islice(endless, 2)) == [["ab", "ab"]] * 2
+    assert list(chunked([3, 1, 2], 3, length=lambda n: n)) == [[3], [1, 2]] and list(chunked([], 3)) == []

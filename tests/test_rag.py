@@ -16,7 +16,7 @@ from safetensors import safe_open
 from minigpt import rag
 from minigpt.deeper.hooks import trace
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.data import ChatRenderer
+from minigpt.engine.chat_format import ChatRenderer
 from minigpt.engine.documents import load_document
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.rag import BM25, RAG, Dense, Hit, Index, ModelEmbedder, cite, fuse, mmr

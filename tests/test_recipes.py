@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from exercise_cells import said
-from minigpt.data import TokenFile, load_text, pack
+from minigpt.deeper.packing import TokenFile, pack
+from minigpt.engine.dataset_readers import load_text
 from minigpt.engine.batches import StreamSampler
 from minigpt.engine.checkpoint import Checkpoints
 from minigpt.engine.recipes import load_recipe, recipe_phases, recipe_rows, run_recipe

@@ -13,9 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minigpt.data import WindowSampler, load_text, pack
+from minigpt.data import WindowSampler
+from minigpt.deeper.packing import pack
+from minigpt.engine.dataset_readers import load_text
 from minigpt.engine import tracking
-from minigpt.engine.batches import Batches, Phase, TokenArray
+from minigpt.data import TokenArray
+from minigpt.engine.batches import Batches, Phase
 from minigpt.engine.checkpoint import Checkpoints
 from minigpt.engine.stepper import Stepper
 from minigpt.engine.tokenizer import Tokenizer

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..bpe import BPETokenizer
-from ..data import ChatRenderer, Rendered, load_chats
+from .chat_format import ChatRenderer, Rendered
+from .dataset_readers import load_chats
 from .hub import load_pair
 from ..evaluation import NGram
 from ..gpt2 import GPT2, GPT2Config

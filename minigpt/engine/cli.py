@@ -311,10 +311,10 @@ def _data_pack(
     refuse_same(source, path)
     refuse_existing(path, overwrite)
     from minigpt.bpe import BPETokenizer
-    from minigpt.data import pack
+    from minigpt.deeper.packing import pack
     from minigpt.engine.runs import open_rows
     packed = pack(open_rows(source, chats), path,
-                  BPETokenizer.from_pretrained(tokenizer),
+                  BPETokenizer.from_pretrained(tokenizer), masked=chats,
                   max_length=max_length, num_proc=num_proc,
                   overwrite=overwrite)
     print(f"{len(packed.ids):,} tokens in {path}")

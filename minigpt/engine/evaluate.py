@@ -11,9 +11,10 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from minigpt.data import load_chats
 from minigpt.engine import report
 from minigpt.engine.baselines import open_model
+from minigpt.engine.dataset_readers import load_chats
+
 
 # %% ../../nbs/engine/evaluate.ipynb #free-folder
 def _free_folder(base: str | Path = "runs") -> Path:

@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data import ChatRenderer
+from .chat_format import ChatRenderer
 from ..evaluation import NGram, NGramDecoder
 from ..generation import RepetitionPenalty, generate
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..data import ChatRenderer
 from .baselines import open_model
+from .chat_format import ChatRenderer
 from ..evaluation import EVAL, score_ids, score_rows
 from ..generation import Options, stream_text
 from .devices import pick_device

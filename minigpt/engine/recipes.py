@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from ..bpe import BPETokenizer
-from ..data import (ROW_FILES, TEXT_FILES, TokenFile, find_files,
-                          load_chats, load_hub, load_text, pack, split_held,
-                          tokenizer_hash)
+from ..data import split_held
+from ..deeper.packing import TokenFile, pack, tokenizer_hash
+from .dataset_readers import (
+    ROW_FILES, TEXT_FILES, find_files, load_chats, load_hub, load_text)
 from ..deeper.distributed import whole_model
 from .batches import Phase, StreamSampler
 from .checkpoint import Checkpoints, file_check

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from ..bpe import BPETokenizer
-from ..data import load_chats
 from .baselines import renderer_for
+from .dataset_readers import load_chats
 from .everyday import (
     KINDS, ask_rows, judge, load_everyday, tally)
 from .files import write_files

@@ -16,7 +16,7 @@ def open_rows(source: str,  # a file, a folder or a hub name
               chats: bool   # True: it holds conversations
               ) -> Iterator:
     """Texts, or conversations, one after the other."""
-    from minigpt.data import load_chats, load_text
+    from minigpt.engine.dataset_readers import load_chats, load_text
     return (load_chats if chats else load_text)(source, streaming=True)
 
 # %% ../../nbs/engine/runs.ipynb #make-recipe
@@ -66,7 +66,8 @@ def open_recipe(recipe: str | None,   # a file, or the name of one
 def _tune_chats(model, tokenizer, sources: Sequence[str], reading: dict,
                 held: str | None, text: str | None, **settings):
     """Fine-tune on conversations; one in twenty is kept to measure on."""
-    from minigpt.data import load_chats, load_text, split_held
+    from minigpt.data import split_held
+    from minigpt.engine.dataset_readers import load_chats, load_text
     from minigpt.finetuning import finetune
     rows = [chat for source in sources
             for chat in load_chats(source, **reading)]

@@ -24,7 +24,7 @@ from ..bpe import BYTE_ORDER, GPT2_SPLIT, BPETokenizer, split_words
 from ..deeper.fast_bpe import (BITS, PieceCache, WordEncoder,
                                      learn_merges, split_pieces)
 from .files import open_text, write_files
-from .parallel import Workers, ordered_map
+from .parallel import Workers, chunked, ordered_map
 from .vocabulary import (check_distinct, find_tokenizer,
                                        load_vocabulary, read_gpt2, readable,
                                        tiktoken_ranks, tokenizer_config,
@@ -60,20 +60,6 @@ def _count_pieces(texts: list[str]) -> Counter[str]:
     return Counter(chain.from_iterable(map(split_pieces, texts)))
 
 
-def _batches(texts: Iterable[str], size: int, # characters in each, about
-            ) -> Iterator[list[str]]:
-    """Lists of texts, in order."""
-    batch, filled = [], 0
-    for text in texts:
-        batch.append(text)
-        filled += len(text)
-        if filled >= size:
-            yield batch
-            batch, filled = [], 0
-    if batch:
-        yield batch
-
-
 def _count_words(texts: Iterable[str], # read once, need not fit in memory
                 num_proc: int = 1, # processes that count
                 ) -> Counter[str]:
@@ -87,7 +73,7 @@ def _count_words(texts: Iterable[str], # read once, need not fit in memory
                 words[word] += times
         pieces.clear()
 
-    for part in ordered_map(_count_pieces, _batches(texts, 1 << 20),
+    for part in ordered_map(_count_pieces, chunked(texts, 1 << 20),
                             num_proc):
         pieces.update(part)
         if len(pieces) > 1 << 18:
@@ -291,7 +277,7 @@ class Tokenizer(BPETokenizer):
             same = home.Tokenizer(*self.__reduce__()[1])
             self._pool = Workers(partial(home._encode_job, same), num_proc)
         try:
-            for packed in self._pool.map(_batches(texts, 1 << 18), ahead=3):
+            for packed in self._pool.map(chunked(texts, 1 << 18), ahead=3):
                 for ids in packed:
                     yield np.frombuffer(ids, self.dtype)
         except ChildProcessError:

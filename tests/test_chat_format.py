@@ -1,0 +1,201 @@
+"""engine/chat_format: what a conversation may be, its ids and its loss mask."""
+import random
+
+import numpy as np
+import pytest
+
+from exercise_cells import exercises, said
+from minigpt.engine.chat_format import (
+    CHAT_TEMPLATE, ChatRenderer, MaskView, Rendered, RowEncoder, check_messages)
+from minigpt.engine.dataset_readers import load_chats
+from minigpt.engine.tokenizer import Tokenizer
+
+U, A, S = "user", "assistant", "system"
+
+
+def talk(*texts, system=None):
+    messages = [{"role": A if n % 2 else U, "content": t} for n, t in enumerate(texts)]
+    return [{"role": S, "content": system}] * (system is not None) + messages
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return Tokenizer.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def renderer(tok):
+    return ChatRenderer(tok)
+
+
+@pytest.fixture(scope="module")
+def chats():
+    return load_chats()
+
+
+# ------------------------------------------------------------------ messages
+
+def test_a_system_message_alone_is_refused(renderer):
+    for call in (check_messages, renderer.render, renderer.prompt):
+        with pytest.raises(ValueError, match="a system message alone is no conversation: the user has to begin"):
+            call(talk(system="Be kind."))
+    assert check_messages(talk("Hi", system="Be kind.")) == talk("Hi", system="Be kind.")
+
+
+# ------------------------------------------------------------------ rendering
+
+PIECES = ["Hello", " there", "  ", "\n", "\n\n", "\t", "é", "日本", "🦊", "!", "<|im_end|>", "<|im_start|>",
+          "<|endoftext|>", "assistant\n", " 12", "'s", "\u00a0", "\r\n", "\x1c", "\u2028", "#"]
+
+
+def random_chats(n, pieces, seed=0):
+    rng = random.Random(seed)
+    text = lambda: "".join(rng.choice(pieces) for _ in range(rng.randrange(0, 9)))
+    return [talk(*(text() for _ in range(2 * rng.randrange(1, 4))),
+                 system=rng.choice([None, text() + "x"])) for _ in range(n)]
+
+
+def reference_mask(ids, tok):
+    """1 from behind each `<|im_start|>assistant\\n` up to its `<|im_end|>`, found in the ids alone."""
+    start, end = tok.special_tokens["<|im_start|>"], tok.special_tokens["<|im_end|>"]
+    head = [start, *tok.encode_ordinary("assistant\n")]
+    mask, on = [0] * len(ids), False
+    for n, i in enumerate(ids):
+        mask[n] = int(on)
+        on = (on and i != end) or ids[n + 1 - len(head):n + 1] == head if n + 1 >= len(head) else False
+    return mask
+
+
+def test_ids_equal_apply_chat_template(tmp_path, tok, renderer, chats, ledger):
+    """transformers, with the tokenizer and template that we save, gives our ids; 0 conversations differ."""
+    from transformers import AutoTokenizer
+    tok.save_pretrained(tmp_path / "tok")
+    hf = AutoTokenizer.from_pretrained(tmp_path / "tok")
+    assert hf.chat_template == CHAT_TEMPLATE
+    plain = [p for p in PIECES if "<|" not in p]
+    every = [c["messages"] for c in chats + load_chats("held")] + random_chats(300, plain)
+    differ = 0
+    for messages in every:
+        ids = hf.apply_chat_template(messages, tokenize=True, return_dict=False)
+        differ += list(ids) != renderer.render(messages).ids
+        asked = messages[:-1]
+        ids = hf.apply_chat_template(asked, tokenize=True, return_dict=False, add_generation_prompt=True)
+        differ += list(ids) != renderer.prompt(asked)
+    ledger("chats whose ids differ from apply_chat_template", differ, peer="transformers", bound=0)
+    assert differ == 0 and len(every) > 2000
+
+
+def test_mask_counts_the_answers_and_their_end(tok, renderer, chats):
+    for messages in [c["messages"] for c in chats] + random_chats(200, PIECES, seed=1):
+        rendered = renderer.render(messages)
+        assert rendered.mask == reference_mask(rendered.ids, tok)
+        counted = [tok.decode(ids) for ids in runs(rendered)]
+        assert counted == [m["content"].strip() + "<|im_end|>" for m in messages if m["role"] == A]
+
+
+def runs(rendered):
+    found, on = [], 0
+    for i, counts in zip(*rendered):
+        if counts and not on:
+            found.append([])
+        if counts:
+            found[-1].append(i)
+        on = counts
+    return found
+
+
+def test_text_cannot_open_a_turn(tok, renderer):
+    special = set(tok.special_tokens.values())
+    for messages in random_chats(300, PIECES, seed=2):
+        ids = renderer.render(messages).ids
+        turns = [m for m in messages if m["role"] != S]
+        assert [i for i in ids if i in special] == [0] + [1, 2] * len(turns)
+
+
+def test_system_text_goes_before_the_first_user_text(tok, renderer):
+    with_system = renderer.render(talk("Hi", "Hello", "Bye", "Bye", system=" Be kind. "))
+    assert with_system == renderer.render(talk("Be kind.\n\nHi", "Hello", "Bye", "Bye"))
+    assert renderer.render(talk("Hi", "Yo", system="  ")) == renderer.render(talk("Hi", "Yo"))
+
+
+def test_cut_at_a_turn(tok, renderer):
+    for messages in random_chats(40, PIECES[:4] + ["a longer run of words here"], seed=3):
+        whole = renderer.render(messages)
+        ends = [0]  # lengths at which an answer is complete
+        for n, (i, counts) in enumerate(zip(*whole)):
+            if counts and i == renderer.im_end:
+                ends.append(n + 2)
+        for room in range(0, len(whole.ids) + 2):
+            cut = renderer.render(messages, max_length=room)
+            want = max(e for e in ends if e <= room)
+            assert cut.ids == whole.ids[:want] and cut.mask == whole.mask[:want]
+
+
+def test_unanswered_end_is_kept_unless_cut(renderer):
+    messages = talk("one", "two", "three")
+    assert renderer.render(messages).ids[-1] == renderer.newline[-1]
+    assert sum(renderer.render(messages).mask) == sum(renderer.render(messages[:2]).mask)
+
+
+def test_prompt_drops_the_oldest_and_keeps_system_and_question(tok, renderer):
+    messages = talk("first question", "first answer", "second", "reply", "the last", system="Rules.")
+    lengths = set()
+    for room in range(len(renderer.prompt(messages)) + 1, 0, -1):
+        try:
+            ids = renderer.prompt(messages, max_length=room)
+        except ValueError as error:
+            assert "shorten" in str(error)
+            break
+        text = tok.decode(ids)
+        assert len(ids) <= room and text.count("Rules.\n\n") == 1 and "the last" in text
+        assert text.startswith("<|endoftext|><|im_start|>user\nRules.") and text.endswith("<|im_start|>assistant\n")
+        lengths.add(len(ids))
+    assert len(lengths) == 3  # all, without one exchange, without both
+    assert messages == talk("first question", "first answer", "second", "reply", "the last", system="Rules.")
+    with pytest.raises(ValueError, match="must end with a user message"):
+        renderer.prompt(messages[:3])
+
+
+def test_stop_ids_and_missing_special_tokens(renderer):
+    assert renderer.stop_ids == {0, 2}
+    with pytest.raises(ValueError, match=r"<\|im_start\|>, <\|im_end\|>"):
+        ChatRenderer(Tokenizer.from_pretrained("gpt2"))
+
+
+def test_mask_view_escapes_and_marks(tok, renderer):
+    view = MaskView(renderer.render(talk("<b>?", "<i>")), tok)
+    page = view._repr_html_()
+    assert "&lt;b&gt;?" in page and "<b>" not in page and page.count("<span") == 3
+    assert repr(view).endswith("[<i><|im_end|>]\n") and repr(view).count("[") == 1
+
+
+def test_rows_of_both_kinds_become_bytes(tok, renderer):
+    encoder = RowEncoder(tok, masked=True, max_length=20)
+    ids, mask = encoder.row("Hello there")
+    assert np.frombuffer(ids, np.uint16).tolist() == [0, *tok.encode_ordinary("Hello there")]
+    assert list(mask) == [1] * (len(ids) // 2)
+    ids, mask = encoder.row({"messages": talk("Hi", "Hello")})
+    assert Rendered(np.frombuffer(ids, np.uint16).tolist(), list(mask)) == renderer.render(talk("Hi", "Hello"))
+    assert encoder.row({"messages": talk("word " * 30, "Hello")}) == (b"", b"")
+    for bad in (3, {"text": "a"}, None):
+        with pytest.raises(TypeError, match="expected a text"):
+            encoder.row(bad)
+
+
+# ------------------------------------------------------------------ exercises
+
+WRONG = ["def last_answer_only(rendered):\n    return rendered",
+         "def from_quiz(row):\n    return [{'role': 'user', 'content': row['question']},"
+         " {'role': 'assistant', 'content': row['answers'][0]}]"]
+
+
+def test_exercises(tok, renderer, chats, capsys):
+    three = next(c for c in chats if len(c["messages"]) == 6)
+    names = {"tok": tok, "renderer": renderer, "three": three, "Rendered": Rendered, "MaskView": MaskView,
+             "check_messages": check_messages}
+    found = exercises("engine/chat_format")
+    assert [number for number, *_ in found] == ["chat_format.1", "chat_format.2"]
+    for (_, empty, check, solution), wrong in zip(found, WRONG):
+        assert said(empty, check, names, capsys) == "not solved yet"
+        assert said(solution, check, names, capsys) == "correct"
+        assert said(wrong, check, names, capsys) not in ("correct", "not solved yet")
