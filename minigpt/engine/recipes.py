@@ -242,12 +242,9 @@ def _recipe_tokens(rows: Callable[[], list],  # called if there is need
         if not found:
             raise ValueError("there is no document to pack: name text or "
                              "chats that are not empty")
-        # `pack` makes a mask if the first row is a conversation
-        chat = next((i for i, row in enumerate(found)
-                     if isinstance(row, dict)), 0)
-        found[0], found[chat] = found[chat], found[0]
-        pack(found, path, tokenizer, num_proc=num_proc, progress=progress,
-             overwrite=True)
+        masked = any(isinstance(row, dict) for row in found)
+        pack(found, path, tokenizer, masked=masked, num_proc=num_proc,
+             progress=progress, overwrite=True)
         note.write_text(source, encoding="utf-8")
     ranks.gather("packed")
     return TokenFile(path, tokenizer)

@@ -117,9 +117,9 @@ def run_settings(run: Run) -> dict[str, Any]:
                   f"phase {i} loss": phase.loss}
         if hasattr(phase.data, "ids"):
             found[f"phase {i} tokens"] = len(phase.data.ids)
-        header = getattr(phase.data, "header", {})
-        if "tokenizer" in header:
-            found[f"phase {i} tokenizer"] = header["tokenizer"]
+        header = getattr(phase.data, "header", None)
+        if header:
+            found[f"phase {i} tokenizer"] = header.tokenizer
     return {k: list(v) if isinstance(v, tuple) else v
             for k, v in found.items()}
 
