@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHAT_TOKENS', 'reply_all', 'check_too_long', 'too_long_error', 'shorten', 'encode_chats', 'best_fit', 'RowSampler',
-           'PackedRows', 'document_numbers', 'document_mask', 'document_positions', 'documents_apart', 'tuning_config',
-           'short_prompts', 'measure', 'FinetuneResult', 'check_pair', 'check_out', 'held_rows', 'add_chat_tokens',
-           'chat_rows', 'row_length', 'save_tuned', 'measure_whole', 'finetune', 'Pair', 'as_pair', 'load_pairs',
-           'answer_logprobs', 'encode_pair', 'dpo_loss', 'PairRows', 'PairStepper', 'pair_logprobs', 'measure_pairs',
-           'check_dpo', 'pair_rows', 'dpo']
+           'PackedRows', 'document_numbers', 'document_mask', 'document_positions', 'DocumentRows', 'documents_apart',
+           'tuning_config', 'short_prompts', 'measure', 'FinetuneResult', 'check_pair', 'check_out', 'held_rows',
+           'add_chat_tokens', 'chat_rows', 'row_length', 'save_tuned', 'measure_whole', 'finetune', 'Pair', 'as_pair',
+           'load_pairs', 'answer_logprobs', 'encode_pair', 'dpo_loss', 'PairRows', 'PairStepper', 'pair_logprobs',
+           'measure_pairs', 'check_dpo', 'pair_rows', 'dpo']
 
 # %% ../nbs/07_finetuning.ipynb #imports
 import copy
@@ -248,18 +248,41 @@ def document_positions(ids: Tensor, start: int) -> Tensor:
     return place - opened
 
 # %% ../nbs/07_finetuning.ipynb #apart
+class DocumentRows:
+    """Stands where a model expects a cache, for ids (B, T) of documents that
+    begin with the id `start`: it keeps no keys and no values, and tells the
+    positions and the mask."""
+
+    length, room = 0, math.inf
+
+    def __init__(self, ids: Tensor, start: int):
+        self.ids, self.start, self.rows = ids, start, len(ids)
+
+    def positions(self, T: int) -> Tensor:
+        return document_positions(self.ids, self.start)
+
+    def mask(self, T: int) -> Tensor:
+        return document_mask(self.ids, self.start)
+
+    def append(self, layer_idx: int, k: Tensor, v: Tensor
+               ) -> tuple[Tensor, Tensor]:
+        return k, v
+
+    def advance(self, T: int) -> None:
+        pass
+
+
 @contextmanager
 def documents_apart(model: nn.Module, start: int) -> Iterator[nn.Module]:
     """While it is open (`with`), no document in a row sees another one.
 
     Every call model(ids) gets the mask and the positions of the documents
-    that begin with the id `start`; calls that bring their own keep them.
+    that begin with the id `start`; calls that bring a cache keep it.
     """
     def add(module: nn.Module, args: tuple, kwargs: dict):
-        if len(args) != 1 or kwargs.get("cache") or "mask" in kwargs:
+        if len(args) != 1 or kwargs.get("cache") is not None:
             return None
-        return args, {**kwargs, "mask": document_mask(args[0], start),
-                      "positions": document_positions(args[0], start)}
+        return args, {**kwargs, "cache": DocumentRows(args[0], start)}
 
     hook = model.register_forward_pre_hook(add, with_kwargs=True)
     try:

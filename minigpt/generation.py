@@ -382,6 +382,11 @@ class KVCache:
         """How many rows of ids it takes."""
         return self.k.shape[1]
 
+    @property
+    def room(self) -> int:
+        """How many columns it can hold."""
+        return self.k.shape[3]
+
     def append(self, layer_idx: int, k: Tensor, v: Tensor
                ) -> tuple[Tensor, Tensor]:
         """Write k, v (B, H, T, D) behind the filled columns; all of them."""

@@ -99,10 +99,15 @@ class Slots:
         return max(self.lengths)
 
     @property
+    def room(self) -> int:
+        """How many columns it can hold."""
+        return self.k.shape[3]
+
+    @property
     def window(self) -> int:
         """The columns that are looked at: those of the longest text and its
         next token, rounded up to a multiple of 16, but not beyond the end."""
-        return min(-(-(self.length + 1) // 16) * 16, self.k.shape[3])
+        return min(-(-(self.length + 1) // 16) * 16, self.room)
 
     def positions(self, T: int) -> Tensor:
         """Positions (B, 1) of the next token of each text."""

@@ -47,7 +47,7 @@ def check_ids(ids: Tensor,  # (B, T)
                          f"{tuple(ids.shape)}")
     past, room = 0, block_size
     if cache is not None:
-        past, room = cache.length, cache.k.shape[3]
+        past, room = cache.length, cache.room
         if ids.shape[0] != cache.rows:
             raise ValueError(f"{ids.shape[0]} rows of ids do not fit a cache "
                              f"of {cache.rows}")

@@ -207,7 +207,7 @@ def recipe_rows(part: dict[str, Any],  # a phase, or the held-out part
                           split=split)
         except FileNotFoundError as problem:
             raise FileNotFoundError(
-                f"{problem}; the recipe's data files are looked for here and "
+                f"{str(problem).rstrip('.')}; the recipe's data files are looked for here and "
                 f"in {folder}: name their folder (--folder)") from None
 
     rows: list = []
