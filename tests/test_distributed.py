@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from exercise_cells import exercises, said
 from minigpt.data import WindowSampler, load_text
 from minigpt.engine.batches import Batches, Phase, StreamSampler
 from minigpt.engine.checkpoint import Checkpoints
@@ -191,3 +192,19 @@ def test_positions_belong_to_the_sampler():
     halves = [Batches([Phase(data)], TrainConfig(batch_size=4), 32, Ranks(r, 2)).next(0)[0] for r in (0, 1)]
     assert np.array_equal(whole, np.concatenate(halves))
     assert np.array_equal(whole, WindowSampler(data, 32, 4, seed=0).next_batch().x)
+
+
+# ------------------------------------------------------------------ the exercises
+
+@pytest.mark.parametrize("number, empty, check, solution", exercises("deeper/distributed"), ids=lambda v: v if len(v) == 13 else "")
+def test_exercise(number, empty, check, solution, capsys):
+    assert said(empty, check, {"torch": torch}, capsys) == "not solved yet"
+    assert said(solution, check, {"torch": torch}, capsys) == "correct"
+
+
+@pytest.mark.parametrize("number, wrong, words", [
+    (1, "def reduce_scatter(tensors): return [sum(tensors) for _ in tensors]", "it is "),
+    (2, "def cards_needed(count, memory, rest): return int(16 * count / (memory - rest))", "it is "),
+    (3, "def sharded_update(slices, gather, update): return [update(part) for part in slices]", "used on slices")])
+def test_a_wrong_solution_is_told_why(number, wrong, words, capsys):
+    assert words in said(wrong, exercises("deeper/distributed")[number - 1][2], {"torch": torch}, capsys)

@@ -2,6 +2,8 @@
 import pytest
 import torch
 
+from exercise_cells import exercises, said
+from minigpt.deeper import resources
 from minigpt.deeper.resources import data_sheet_flops, estimate_memory, flops_per_token
 from minigpt.engine.plan import MACHINES, plan
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -79,3 +81,26 @@ def test_the_kept_rows_of_a_block_are_counted():
     shapes = [GPT2Config(512, 64, n, 2, 128) for n in (2, 3)]
     said = [estimate_memory(shape, 4, 64, training=True).activations for shape in shapes]
     assert (kept(3) - kept(2)) / (said[1] - said[0]) == pytest.approx(1.0, abs=0.08)
+
+
+# ------------------------------------------------------------------ the exercises
+
+def names() -> dict:
+    """What the checks of deeper/resources look at: the fit of Besiroglu et al. (2024) among them."""
+    return vars(resources) | {"small": GPT2Config.preset("gpt2"), "sizes": torch.logspace(6.5, 11.5, 400, dtype=torch.float64),
+                              "fitted_loss": lambda N, D: 1.8172 + 482.01 / N ** 0.3478 + 2085.43 / D ** 0.3658}
+
+
+@pytest.mark.parametrize("number, empty, check, solution", exercises("deeper/resources"), ids=lambda v: v if len(v) == 11 else "")
+def test_exercise(number, empty, check, solution, capsys):
+    assert said(empty, check, names(), capsys) == "not solved yet"
+    assert said(solution, check, names(), capsys) == "correct"
+
+
+@pytest.mark.parametrize("number, wrong, words", [
+    (1, "def days(weights, tokens, flops, mfu): return 2 * weights * tokens / (flops * mfu) / 86400", "about 0.21"),
+    (2, "def sgd_peak(need): return need.peak", "keeps no running means"), (2, "def sgd_peak(need): return need.weights", "it is "),
+    (3, "def best_for(flops, hours): return 1e9, 1e9", "should be 4.84e+18"),
+    (3, "def best_for(flops, hours): return 1e7, flops * hours * 3600 / 6e7", "can be had")])
+def test_a_wrong_solution_is_told_why(number, wrong, words, capsys):
+    assert words in said(wrong, exercises("deeper/resources")[number - 1][2], names(), capsys)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..deeper.resources import (Memory, estimate_memory,
+from ..deeper.resources import (PEAK_TFLOPS, Memory, estimate_memory,
                                       flops_per_token, largest_batch,
                                       peak_flops)
 from .devices import pick_device, pick_dtype, total_memory
@@ -36,11 +36,13 @@ class Machine:
 
 MACHINES = {
     "cpu": Machine("this machine's CPU", 0, dtype="float32"),
-    "t4": Machine("NVIDIA T4, 16 GB (Colab)", 15e9, 65, 0.25, 0.35,
-                  "float16"),
+    "t4": Machine("NVIDIA T4, 16 GB (Colab)", 15e9, PEAK_TFLOPS["T4"], 0.25,
+                  0.35, "float16"),
     "8gb": Machine("a GPU of 8 GB", 7.5e9, 40, 0.35, 0.1),
-    "24gb": Machine("a GPU of 24 GB (RTX 3090)", 23.5e9, 71, 0.4, 0.3),
-    "h100": Machine("NVIDIA H100, 80 GB", 79e9, 989, 0.35, 2.5),
+    "24gb": Machine("a GPU of 24 GB (RTX 3090)", 23.5e9,
+                    PEAK_TFLOPS["3090"], 0.4, 0.3),
+    "h100": Machine("NVIDIA H100, 80 GB", 79e9, PEAK_TFLOPS["H100"], 0.35,
+                    2.5),
 }
 
 
@@ -112,8 +114,9 @@ class Plan:
         """The table, as (name, value)."""
         m, gb = self.memory, 1e9
         fit = "fits" if self.fits else (
-            f"does not fit: micro_batch={self.largest}" if self.largest
-            else "does not fit: take a smaller model or block_size")
+            f"does not fit, micro_batch={self.largest} does" if self.largest
+            else "does not fit, not even one window: take a smaller "
+                 "model or block_size")
         how = "measured" if self.measured else "estimated"
         return [
             ("model", f"{self.model}, {self.parameters / 1e6:.1f} M"),

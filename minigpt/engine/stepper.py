@@ -33,15 +33,14 @@ def what_would_fit(rows: int,   # windows at a time that are too many
     if rows > 1 and fit > 0:
         return (f"set micro_batch={fit} (windows at a time; a step stays as "
                 "large as it is)")
-    return ("not even one window fits: take a smaller block_size, a smaller "
-            "model, or dtype='bfloat16'")
+    return "not even one window fits: take a smaller block_size or model"
 
 
 def out_of_memory(config: TrainConfig, rows: int) -> MemoryError:
     """An error that says what would fit."""
     size = min(rows, config.micro_batch or rows)
-    return MemoryError(f"{size} windows at a time do not fit into memory: "
-                       f"{what_would_fit(size, size // 2)}; or ask `plan` "
+    return MemoryError(f"{size} windows at a time do not fit into memory; "
+                       f"{what_would_fit(size, size // 2)}, or ask `plan` "
                        "(minigpt plan) what fits")
 
 # %% ../../nbs/engine/stepper.ipynb #optimizer

@@ -255,9 +255,9 @@ def check_memory(run: Run) -> None:
         most = largest_batch(shape, have, run.length, run.stepper.dtype,
                              kind)
         raise MemoryError(
-            f"{rows} windows of {run.length} tokens need about "
+            f"a batch of {rows} x {run.length} tokens at a time needs about "
             f"{need / 1e9:.0f} GB, {run.ranks.device} has {have / 1e9:.0f} "
-            f"in all: {what_would_fit(rows, most)}; or ask `plan` (minigpt "
+            f"in all; {what_would_fit(rows, most)}, or ask `plan` (minigpt "
             "plan)")
 
 # %% ../../nbs/engine/trainer.ipynb #report
