@@ -10,6 +10,7 @@ __all__ = ['get_batch', 'ngram_losses', 'plot_losses', 'make_optimizer', 'learni
 import torch
 from torch import Tensor, nn
 
+
 def get_batch(ids: Tensor, # (N,) one long row of tokens
               block_size: int, # T, tokens in a window
               batch_size: int, # B, windows
@@ -21,6 +22,7 @@ def get_batch(ids: Tensor, # (N,) one long row of tokens
 
 # %% ../nbs/04_training.ipynb #ngram-losses
 import numpy as np
+
 
 def ngram_losses(train: np.ndarray, # (N,) ids to count
                  held: np.ndarray, # (M,) ids to measure on
@@ -40,6 +42,7 @@ def ngram_losses(train: np.ndarray, # (N,) ids to count
 # %% ../nbs/04_training.ipynb #plot-losses
 from collections.abc import Mapping, Sequence
 
+
 def plot_losses(curves: Mapping[str, Sequence], # name -> (step, loss) pairs
                 lines: Mapping[str, float], # name -> loss, drawn dashed
                 title: str = "", ax=None):
@@ -53,6 +56,7 @@ def plot_losses(curves: Mapping[str, Sequence], # name -> (step, loss) pairs
         ax.annotate(name, (0, loss), xycoords=("axes fraction", "data"),
                     xytext=(3, 3), textcoords="offset points", color="gray")
     ax.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    ax.margins(y=0.1)
     ax.legend()
     return ax
 
@@ -72,6 +76,7 @@ def make_optimizer(model: nn.Module,
 
 # %% ../nbs/04_training.ipynb #learning-rate
 import math
+
 
 def learning_rate(step: int, # counted from 0
                   done: float, # how much of the run is over, 0 to 1
@@ -96,6 +101,7 @@ def learning_rate(step: int, # counted from 0
 # %% ../nbs/04_training.ipynb #summed-loss
 import torch.nn.functional as F
 
+
 def summed_loss(model: nn.Module,
                 ids: Tensor, # (B, T)
                 targets: Tensor, # (B, T); -100 does not count
@@ -112,6 +118,7 @@ def summed_loss(model: nn.Module,
 # %% ../nbs/04_training.ipynb #seed-step
 import random
 
+
 def seed_step(seed: int, # of the run
               step: int,
               rank: int = 0, # number of the process, where there are several
@@ -125,6 +132,7 @@ def seed_step(seed: int, # of the run
 # %% ../nbs/04_training.ipynb #evaluating
 from collections.abc import Iterator
 from contextlib import contextmanager
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -174,6 +182,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer,
 
 # %% ../nbs/04_training.ipynb #train-model
 from collections.abc import Callable
+
 
 def train_model(model: nn.Module, optimizer: torch.optim.Optimizer,
                 ids: Tensor, # (N,) tokens, on the model's device
