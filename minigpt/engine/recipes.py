@@ -200,14 +200,20 @@ def recipe_rows(part: dict[str, Any],  # a phase, or the held-out part
                 side: int = 0          # 0: the rest, 1: what is held out
                 ) -> list:
     """The documents of a phase, or of the held-out part, of a recipe."""
+    def load(loader: Callable, name: str, split: str | None) -> list:
+        try:
+            return loader(_find_data(name, folder), config=part.get("config"),
+                          split=split)
+        except FileNotFoundError as problem:
+            raise FileNotFoundError(
+                f"{problem}; the recipe's data files are looked for here and "
+                f"in {folder}: name their folder (--folder)") from None
+
     rows: list = []
     for name in _listed(part.get("text", [])):
-        rows += load_text(_find_data(name, folder), config=part.get("config"),
-                          split=part.get("split", "train"))
+        rows += load(load_text, name, part.get("split", "train"))
     for name in _listed(part.get("chats", [])):
-        rows += load_chats(_find_data(name, folder),
-                           config=part.get("config"),
-                           split=part.get("split"))
+        rows += load(load_chats, name, part.get("split"))
     if share:
         random.Random(0).shuffle(rows)
         rows = _split_rows(rows, share)[side]
