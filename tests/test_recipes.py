@@ -274,5 +274,5 @@ def test_settings_that_cannot_be_are_named_before_any_work(tmp_path, changes, wo
 
 def test_data_that_is_not_there_is_looked_for_in_a_folder_that_can_be_named(tmp_path):
     """mini-chat ships without its data."""
-    with pytest.raises(FileNotFoundError, match=r"train.jsonl.xz.* --folder"):
+    with pytest.raises(FileNotFoundError, match=r"train.jsonl.xz.*--folder"):
         run_recipe("mini-chat", out=tmp_path / "run", folder=tmp_path)
