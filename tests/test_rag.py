@@ -761,7 +761,7 @@ def test_the_commands_defaults_are_the_modules():
 
 def test_ask_the_course():
     out, _ = run("ask", "What does the KV cache store?")
-    assert "03_gpt2.ipynb, GPT-2 > 7. The KV cache" in out
+    assert "05_generation.ipynb, Generation > The KV cache" in out
     assert ">>" in out and "keys and values of every layer" in out.splitlines()[0]
 
 

@@ -207,8 +207,9 @@ def recipe_rows(part: dict[str, Any],  # a phase, or the held-out part
                           split=split)
         except FileNotFoundError as problem:
             raise FileNotFoundError(
-                f"{str(problem).rstrip('.')}; the recipe's data files are looked for here and "
-                f"in {folder}: name their folder (--folder)") from None
+                f"{str(problem).rstrip('.')}; the recipe's data files are "
+                f"looked for here and in {folder}: name their folder "
+                "(--folder)") from None
 
     rows: list = []
     for name in _listed(part.get("text", [])):
