@@ -96,7 +96,7 @@ def test_glossary_is_sorted_and_each_term_is_one_sentence_with_a_link():
 
 # ------------------------------------------------------------------ the site in a browser
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site, built as `python tools/docs.py` does it, and what is wrong with it."""
     pytest.importorskip("smalldocs", reason="smalldocs needs Python 3.11")
@@ -105,7 +105,7 @@ def site(tmp_path_factory):
     return folder, docs.build(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def html(site):
     """The text of each page, by its address."""
     return {p.relative_to(site[0]).as_posix(): p.read_text(encoding="utf-8") for p in site[0].rglob("*.html")}
@@ -163,7 +163,7 @@ def test_agents_get_markdown(site):
     assert "def attention(" in (site[0] / "attention.llms.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     if not BROWSER:
         pytest.skip("no Chromium here")
@@ -174,7 +174,7 @@ def browser():
         opened.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(site):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args, **options):
@@ -222,9 +222,9 @@ def test_search_finds_the_kv_cache(browser, address):
         page.fill(".smalldocs-search input >> visible=true", "KV cache")
         page.wait_for_selector(".search-result")
         hits = page.eval_on_selector_all(".search-result", "es => es.map(e => [e.getAttribute('href'), e.innerText])")
-        assert any(href.endswith("gpt2.html#the-kv-cache") for href, _ in hits), hits
-        page.click(".search-result[href$='gpt2.html#the-kv-cache']")
-        page.wait_for_url("**/gpt2.html#the-kv-cache")
+        assert any(href.endswith("generation.html#the-kv-cache") for href, _ in hits), hits
+        page.click(".search-result[href$='generation.html#the-kv-cache']")
+        page.wait_for_url("**/generation.html#the-kv-cache")
         assert page.is_visible("#the-kv-cache") and wrong == []
 
 
