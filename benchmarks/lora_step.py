@@ -8,7 +8,6 @@ that of the bare imports; `state_mb` the optimizer's state. With BENCH_THREADS=1
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 

@@ -12,7 +12,6 @@ from minigpt.data import TokenArray
 from minigpt.engine.recipes import load_recipe
 from minigpt.engine.stepper import Stepper
 from minigpt.engine.train_config import TrainConfig
-from minigpt.engine.stepper import Stepper
 from minigpt.gpt2 import GPT2, GPT2Config
 
 

@@ -9,28 +9,12 @@ from minigpt.engine.chat_format import (
     CHAT_TEMPLATE, ChatRenderer, MaskView, Rendered, RowEncoder, check_messages)
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.engine.tokenizer import Tokenizer
-
-U, A, S = "user", "assistant", "system"
-
-
-def talk(*texts, system=None):
-    messages = [{"role": A if n % 2 else U, "content": t} for n, t in enumerate(texts)]
-    return [{"role": S, "content": system}] * (system is not None) + messages
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return Tokenizer.from_pretrained()
+from small_data import A, S, chats, talk, tok  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="module")
 def renderer(tok):
     return ChatRenderer(tok)
-
-
-@pytest.fixture(scope="module")
-def chats():
-    return load_chats()
 
 
 # ------------------------------------------------------------------ messages

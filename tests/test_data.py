@@ -15,31 +15,10 @@ from minigpt import data
 from minigpt.data import (TokenArray, WindowSampler, dedupe, fingerprint, first_text, shuffled_numbers, split_documents,
                           split_held, text_of, token_stream)
 from minigpt.deeper.packing import pack
-from minigpt.engine.dataset_readers import load_chats, load_text
 from minigpt.engine.tokenizer import Tokenizer
+from small_data import A, chats, stories, talk, tok  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
-U, A, S = "user", "assistant", "system"
-
-
-def talk(*texts, system=None):
-    messages = [{"role": A if n % 2 else U, "content": t} for n, t in enumerate(texts)]
-    return [{"role": S, "content": system}] * (system is not None) + messages
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return Tokenizer.from_pretrained()
-
-
-@pytest.fixture(scope="module")
-def stories():
-    return load_text()
-
-
-@pytest.fixture(scope="module")
-def chats():
-    return load_chats()
 
 
 # ------------------------------------------------------------------ documents

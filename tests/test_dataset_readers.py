@@ -21,14 +21,9 @@ from minigpt.engine.chat_format import check_messages
 from minigpt.engine.dataset_readers import DATA, load_chats, load_text, oasst_threads
 from minigpt.engine.files import ASSETS
 from minigpt.engine.tokenizer import Tokenizer
+from small_data import A, talk
 
 ROOT = Path(__file__).resolve().parent.parent
-U, A, S = "user", "assistant", "system"
-
-
-def talk(*texts, system=None):
-    messages = [{"role": A if n % 2 else U, "content": t} for n, t in enumerate(texts)]
-    return [{"role": S, "content": system}] * (system is not None) + messages
 
 
 @pytest.fixture(autouse=True)

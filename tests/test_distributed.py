@@ -90,33 +90,21 @@ def test_two_processes_are_one(tmp_path, ledger):
 
 
 WHOLE_NOWHERE = """
-import ctypes, gc, sys
 import torch
 from minigpt.engine.ranks import join_ranks
 from minigpt.deeper.distributed import distribute, whole_model
 from minigpt.gpt2 import GPT2, GPT2Config
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
-def begin():
-    gc.collect()
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return status("VmRSS")
+from peak_memory import forget_peak, status
 
 ranks = join_ranks("cpu")
 whole_model(distribute(GPT2(GPT2Config(100, 8, 1, 1, 8)), ranks, "fsdp"), ranks.rank)     # what torch loads for it
 with torch.device("meta" if ranks.rank else "cpu"):
     model = GPT2(GPT2Config(256, 8, 20, 2, 256))
 whole = 4 * sum(p.numel() for p in model.parameters())
-base = begin()
+base = forget_peak()
 distribute(model, ranks, "fsdp")
 sharding = status("VmHWM") - base
-base = begin()
+base = forget_peak()
 copy = whole_model(model, ranks.rank)
 assert (copy is None) == (ranks.rank > 0)
 print(f"{ranks.rank} {sharding / whole:.2f} {(status('VmHWM') - base) / whole:.2f}", flush=True)
@@ -128,7 +116,7 @@ print(f"{ranks.rank} {sharding / whole:.2f} {(status('VmHWM') - base) / whole:.2
 def test_a_sharded_model_is_whole_on_one_host_only(tmp_path):
     """Of two ranks, the second never needs more than its half and a tensor or two, neither for cutting nor for saving."""
     (tmp_path / "script.py").write_text(WHOLE_NOWHERE, encoding="utf-8")
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            str(tmp_path / "script.py")], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,6 +1,5 @@
 """Chapter 07: masks and packing against one conversation at a time, DPO against trl, the end token, exact resume, bad input.
 Values are computed another way than in the chapter."""
-import copy
 import json
 import math
 import os
@@ -13,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from minigpt import finetuning as ft
 from minigpt.engine.tokenizer import Tokenizer

@@ -25,23 +25,13 @@ CASES = [  # name, batch, block, dtype, pass
 
 # One pass or two training steps of a fresh model, in a fork that has loaded the libraries and run a small model before.
 MEASURE = """
-import ctypes, gc, json, os, sys
+import json, os, sys
 import torch
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.engine.kernels import use_kernels
+from peak_memory import forget_peak, status
 
 torch.set_num_threads(1)
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
-def forget_peak():
-    gc.collect()
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
 
 def run(config, batch, block, dtype, kind):
     with torch.device("meta"):                        # as many bytes, without drawing random numbers for them
@@ -69,8 +59,7 @@ def run(config, batch, block, dtype, kind):
 def measure(name, batch, block, dtype, kind):
     dtype = getattr(torch, dtype)
     run(GPT2Config.preset("nano", n_layer=1, block_size=64), 1, 32, dtype, kind)
-    forget_peak()
-    base = status("VmRSS")
+    base = forget_peak()
     run(GPT2Config.preset(name), batch, block, dtype, kind)
     return status("VmHWM") - base
 
@@ -91,7 +80,8 @@ def measured() -> dict[tuple, int]:
     """Of nano the median of three: malloc keeps some pages of a small model one time and not the next."""
     runs = CASES + 2 * [case for case in CASES if case[0] == "nano"]
     # one thread from the start: what malloc keeps of freed memory depends on what a pool of threads has allocated before
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+                        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     out = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(runs)], capture_output=True, text=True, cwd=ROOT, env=env)
     assert out.returncode == 0 and "failed" not in out.stdout, out.stderr[-800:]
     sizes = list(zip(runs, map(int, out.stdout.split()), strict=True))

@@ -1,6 +1,5 @@
 """The notebooks are the source: in step with the package, clean, fresh, and each runs from its first cell to its last,
 in an empty folder and from the installed wheel alone, with its exercises unsolved and then solved."""
-import json
 import re
 import shutil
 import subprocess

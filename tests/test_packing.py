@@ -15,25 +15,10 @@ from minigpt.data import TokenArray, WindowSampler, token_stream
 from minigpt.deeper import packing
 from minigpt.deeper.packing import TokenFile, pack, tokenizer_hash
 from minigpt.engine.chat_format import ChatRenderer, Rendered
-from minigpt.engine.dataset_readers import load_chats, load_text
 from minigpt.engine.tokenizer import Tokenizer
+from small_data import chats, stories, tok  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return Tokenizer.from_pretrained()
-
-
-@pytest.fixture(scope="module")
-def stories():
-    return load_text()
-
-
-@pytest.fixture(scope="module")
-def chats():
-    return load_chats()
 
 
 def naive_stream(rows, tok, max_length=None):

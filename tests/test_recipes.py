@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from exercise_cells import said
 from minigpt.deeper.packing import TokenFile, pack
 from minigpt.engine.dataset_readers import load_text
 from minigpt.engine.batches import StreamSampler
