@@ -27,7 +27,9 @@ def orthogonalize(matrix: Tensor, # (rows, columns)
 
 # %% ../../nbs/deeper/optimizers.ipynb #muon-step
 def _muon_step(p: Tensor, state: dict, group: dict) -> None:
-    average = state.setdefault("momentum_buffer", torch.zeros_like(p))
+    if not state:
+        state["momentum_buffer"] = torch.zeros_like(p)
+    average = state["momentum_buffer"]
     average.lerp_(p.grad, 1 - group["momentum"])
     update = orthogonalize(p.grad.lerp(average, group["momentum"]),
                            group["ns_steps"], group["ns_dtype"])
@@ -37,14 +39,16 @@ def _muon_step(p: Tensor, state: dict, group: dict) -> None:
 # %% ../../nbs/deeper/optimizers.ipynb #adamw-step
 def _adamw_step(p: Tensor, state: dict, group: dict) -> None:
     b1, b2 = group["betas"]
-    t = state["step"] = state.get("step", torch.zeros(())) + 1
-    m = state.setdefault("exp_avg", torch.zeros_like(p))
-    v = state.setdefault("exp_avg_sq", torch.zeros_like(p))
+    if not state:
+        state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p),
+                     exp_avg_sq=torch.zeros_like(p))
+    state["step"] += 1
+    t, m, v = state["step"].item(), state["exp_avg"], state["exp_avg_sq"]
     m.lerp_(p.grad, 1 - b1)
     v.lerp_(p.grad ** 2, 1 - b2)
-    root = (v / (1 - b2 ** t.item())).sqrt_().add_(1e-8)
+    root = (v / (1 - b2 ** t)).sqrt_().add_(1e-8)
     p.mul_(1 - group["lr"] * group["weight_decay"])
-    p.addcdiv_(m, root, value=-group["lr"] / (1 - b1 ** t.item()))
+    p.addcdiv_(m, root, value=-group["lr"] / (1 - b1 ** t))
 
 # %% ../../nbs/deeper/optimizers.ipynb #muon
 from collections.abc import Callable, Iterable

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bpe import BPETokenizer
-from ..data import TokenArray, Windows, WindowSampler
+from ..data import SEPARATOR, TokenArray, Windows, WindowSampler
 from .ranks import Ranks
 from .train_config import TrainConfig
 from ..training import evaluating
@@ -149,28 +149,30 @@ class StreamSampler:
                  ranks: Ranks = Ranks()):
         self.whole, self.tokenizer, self.column = dataset, tokenizer, column
         self.shape, self.ranks = (batch_size, block_size), ranks
-        self.start(dataset)
+        self.start()
 
-    def start(self, dataset: Any) -> None:
+    def start(self, skipped: int = 0) -> None:
         from datasets.distributed import split_dataset_by_node
-        self.part = split_dataset_by_node(dataset, self.ranks.rank,
+        rows = self.whole.skip(skipped) if skipped else self.whole
+        self.part = split_dataset_by_node(rows, self.ranks.rank,
                                           self.ranks.world)
+        self.skipped = skipped           # documents, by an earlier split
         self.rows, self.left, self.read = iter(self.part), [], 0
 
     def document(self) -> list[int]:
         """The ids of the next document."""
         row = next(self.rows, None)
         if row is None:
-            if not self.read:
+            if not self.read and not self.skipped:
                 raise ValueError("the stream is empty for this process")
-            self.start(self.whole)
+            self.start()
             return self.document()
         if self.column not in row:
             raise ValueError(f"the stream has no column {self.column!r}, but "
                              f"{', '.join(row)}")
         self.read += 1
-        end = self.tokenizer.special_tokens["<|endoftext|>"]
-        return [end, *self.tokenizer.encode_ordinary(row[self.column])]
+        start = self.tokenizer.special_tokens[SEPARATOR]
+        return [start, *self.tokenizer.encode_ordinary(row[self.column])]
 
     def next_batch(self) -> Windows:
         """The next B windows of T + 1 ids, each after the one before."""
@@ -184,13 +186,14 @@ class StreamSampler:
 
     def state_dict(self) -> dict:
         return {"stream": self.part.state_dict(), "left": list(self.left),
-                "read": self.read, "world": self.ranks.world}
+                "read": self.read, "skipped": self.skipped,
+                "world": self.ranks.world}
 
     def load_state_dict(self, state: dict) -> None:
         if state["world"] != self.ranks.world:
-            self.start(self.whole.skip(state["read"] * state["world"]))
+            self.start(state["skipped"] + state["read"] * state["world"])
             return
-        self.start(self.whole)
+        self.start(state["skipped"])
         self.part.load_state_dict(state["stream"])
         self.rows = iter(self.part)
         self.left, self.read = list(state["left"]), state["read"]

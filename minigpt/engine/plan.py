@@ -17,7 +17,7 @@ from ..deeper.resources import (PEAK_TFLOPS, Memory, estimate_memory,
                                       peak_flops)
 from .devices import pick_device, pick_dtype, total_memory
 from .ranks import Ranks
-from .stepper import Stepper
+from .stepper import Stepper, what_would_fit
 from .train_config import TrainConfig
 from ..gpt2 import GPT2, GPT2Config, count_parts
 
@@ -48,13 +48,13 @@ MACHINES = {
 
 def _machine_here(device: torch.device) -> Machine:
     """The device that is here, as a Machine."""
-    dtype = str(pick_dtype(device, training=True)).removeprefix("torch.")
+    dtype = pick_dtype(device, training=True)
     name = "this machine's " + device.type.upper()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    peak = peak_flops(device, getattr(torch, dtype))
+    peak = peak_flops(device, dtype)
     return Machine(name, total_memory(device), peak / 1e12, 0.4,
-                   dtype=dtype)
+                   dtype=str(dtype).removeprefix("torch."))
 
 # %% ../../nbs/engine/plan.ipynb #measure-speed
 def _short_batch(config: GPT2Config, length: int) -> tuple[int, int]:
@@ -114,9 +114,7 @@ class Plan:
         """The table, as (name, value)."""
         m, gb = self.memory, 1e9
         fit = "fits" if self.fits else (
-            f"does not fit, micro_batch={self.largest} does" if self.largest
-            else "does not fit, not even one window: take a smaller "
-                 "model or block_size")
+            f"does not fit: {what_would_fit(self.batch, self.largest)}")
         how = "measured" if self.measured else "estimated"
         return [
             ("model", f"{self.model}, {self.parameters / 1e6:.1f} M"),
@@ -157,8 +155,7 @@ def plan(model: str | GPT2Config = "mini",  # a preset's name, or a shape
     if machine is not None and machine not in MACHINES:
         raise ValueError(f"unknown machine {machine!r}; one of "
                          f"{', '.join(MACHINES)}, or None for this one")
-    device = pick_device("cpu" if machine == "cpu" else None) \
-        if machine in (None, "cpu") else None
+    device = pick_device(machine) if machine in (None, "cpu") else None
     box = _machine_here(device) if device else MACHINES[machine]
     measure = device is not None if measure is None else measure
     if measure and device is None:

@@ -31,7 +31,7 @@ class Ranks:
     def combine(self, values: Iterable[float],
                 how: str = "SUM"    # or "MAX", "MIN"
                 ) -> list[float]:
-        """Host numbers, each summed over all ranks."""
+        """Host numbers, each reduced over all ranks."""
         values = list(values)
         if self.world == 1:
             return values
@@ -46,6 +46,11 @@ class Ranks:
         things = [None] * self.world
         dist.all_gather_object(things, thing, group=self.control)
         return things
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            dist.barrier(self.control)
 
 # %% ../../nbs/engine/ranks.ipynb #join-ranks
 def join_ranks(device: str | torch.device | None = "auto"  # see pick_device

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from ..bpe import BPETokenizer
-from ..data import split_held
+from ..data import split_held, text_of
 from ..deeper.packing import TokenFile, pack, tokenizer_hash
+from .chat_format import CHAT_TOKENS
 from .dataset_readers import (
     ROW_FILES, TEXT_FILES, find_files, load_chats, load_hub, load_text)
 from ..deeper.distributed import whole_model
@@ -247,7 +248,7 @@ def _recipe_tokens(rows: Callable[[], list],  # called if there is need
         pack(found, path, tokenizer, masked=masked, num_proc=num_proc,
              progress=progress, overwrite=True)
         note.write_text(source, encoding="utf-8")
-    ranks.gather("packed")
+    ranks.barrier()
     return TokenFile(path, tokenizer)
 
 # %% ../../nbs/engine/recipes.ipynb #recipe-tokenizer
@@ -265,18 +266,15 @@ def _recipe_tokenizer(recipe: dict, out: Path, folder: str | Path = ".",
     if not ranks.rank and not _is_current(place / "tokenizer.json", note,
                                           source, begun):
         rows = recipe_rows(first, folder)
-        texts = [row if isinstance(row, str) else
-                 "\n".join(m["content"] for m in row["messages"])
-                 for row in rows]
+        texts = [text_of(row) for row in rows]
         if not texts:
             raise ValueError("a packed file has no text to train a tokenizer "
                              "on: name the one that it was packed with")
         note.unlink(missing_ok=True)
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-        Tokenizer.train(texts, wanted["train"], special, progress=False
+        Tokenizer.train(texts, wanted["train"], CHAT_TOKENS, progress=False
                         ).save_pretrained(place, overwrite=True)
         note.write_text(source, encoding="utf-8")
-    ranks.gather("trained")
+    ranks.barrier()
     return BPETokenizer.from_pretrained(place)
 
 # %% ../../nbs/engine/recipes.ipynb #recipe-phases

@@ -80,6 +80,8 @@ class Stepper:
                  loss: Callable | None = None,  # in summed_loss's place
                  optimizer: Optimizer | Callable | None = None):
         self.config, self.ranks, self.device = config, ranks, ranks.device
+        if ranks.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")   # TF32
         self.dtype = pick_dtype(ranks.device, config.dtype, training=True)
         self.model = distribute(model, ranks, config.parallel, self.dtype)
         self.optimizer = _optimizer(model, config, optimizer)

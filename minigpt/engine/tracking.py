@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..bpe import BPETokenizer
+from ..data import SEPARATOR
 from .files import atomic_file
 from ..gpt2 import GPT2
+from ..training import evaluating
 
 # %% ../../nbs/engine/tracking.ipynb #read-log
 def read_log(path: str | Path  # log.csv of a run
@@ -227,14 +229,10 @@ class Samples:
         if row["step"] < self.next:
             return
         self.next = row["step"] + self.every
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):       # or training would lose its dropout
             for prompt in self.prompts:
                 self.texts.append((int(row["step"]), prompt,
                                    self.write(model, prompt)))
-        finally:                      # or training would lose its dropout
-            model.train(training)
         if self.path:
             lines = [json.dumps(t) + "\n" for t in
                      self.texts[-len(self.prompts):]]
@@ -245,7 +243,7 @@ class Samples:
         from minigpt.generation import generate
         ids = self.tokenizer.encode(prompt, allowed_special="all")
         room = model.config.block_size - len(ids)
-        end = self.tokenizer.special_tokens.get("<|endoftext|>")
+        end = self.tokenizer.special_tokens.get(SEPARATOR)
         found = generate(model, ids, temperature=0.8, top_k=50, seed=0,
                          max_new_tokens=min(self.max_new_tokens, room),
                          stop_ids=[] if end is None else [end])

@@ -92,7 +92,7 @@ class TrainConfig:
     order: str = "random"         # windows anywhere, or "shuffled" by epoch
     parallel: str = "ddp"         # or "fsdp", if torchrun started several
     seed: int = 0
-    log_every: int = 10           # steps, as in the next ones; 0: never
+    log_every: int = 10           # steps, as below; 0: only the last one
     eval_every: int = 200
     eval_windows: int = 64        # held-out windows of an evaluation
     save_every: int = 200         # only steps that are saved can be the best

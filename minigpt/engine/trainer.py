@@ -172,7 +172,8 @@ def resume_run(run: Run, force: bool = False) -> None:
                          + "\n  ".join(changed) + "\nTake those again, or "
                          "resume='force' to go on with the new ones")
     load_tensors(run.model, run.stepper.optimizer, weights, moments)
-    run.stepper.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:         # empty: it was not float16 then
+        run.stepper.scaler.load_state_dict(state["scaler"])
     places = state["places"]
     same = len(places) == run.ranks.world
     run.batches.load_state_dict(places[run.ranks.rank if same else 0])
@@ -368,11 +369,12 @@ class TrainResult:
 
     def __repr__(self) -> str:
         last = {k: v for row in self.history for k, v in row.items()}
-        parts = [f"{name} {last[name]:.4g}" for name in
-                 ("loss", "held", "held_answers") if name in last]
-        parts += [f"stopped by {self.stopped}"] * bool(self.stopped)
-        return ", ".join([f"{type(self).__name__}(step {self.step}", *parts]
-                         ) + ")"
+        parts = [f"step {self.step}"]
+        parts += [f"{name} {last[name]:.4g}" for name in
+                  ("loss", "held", "held_answers") if name in last]
+        if self.stopped:
+            parts.append(f"stopped by {self.stopped}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 # %% ../../nbs/engine/trainer.ipynb #run-folder
 @contextmanager
@@ -383,7 +385,7 @@ def run_folder(out: Path | None, ranks: Ranks) -> Iterator[None]:
     with locked_folder(out) if mine else nullcontext():
         if mine:
             Checkpoints(out).settle()
-        ranks.gather("settled")
+        ranks.barrier()
         yield
 
 # %% ../../nbs/engine/trainer.ipynb #train
@@ -421,8 +423,6 @@ def train(model: GPT2,               # in float32; trained in place
         check_run(model, phases, config, held, out, resume, tokenizer)
         length = config.block_size or model.config.block_size
         batches = Batches(phases, config, length, ranks)
-        if ranks.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
         made = stepper(model, config, ranks) if stepper else Stepper(
             model, config, ranks, loss, optimizer)
         run = Run(model, config, batches, made, ranks,
