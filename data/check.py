@@ -22,7 +22,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, TextIO
 
 ASSETS = Path(__file__).resolve().parent.parent / "minigpt" / "assets"
 GRAM = 5                                          # words
@@ -120,10 +120,10 @@ class Guard:
         """For the evaluation sets of the package, and further files such as the whole held-out set."""
         return cls(item for path in [*bundled_sets(), *more] for item in read_items(path))
 
-    def copied(self, turns: list[str]) -> Item | None:
-        """The evaluation text that a conversation copies, or None."""
-        user_side = " ".join(user_texts(turns))
-        for text, whole in [(user_side, True), *((turn, False) for turn in turns)]:
+    def copied(self, turns: list[str] | list[dict]) -> Item | None:
+        """The evaluation text that a conversation copies, or None. turns: as user_texts takes them."""
+        texts = [turn["content"] if isinstance(turn, dict) else turn for turn in turns]
+        for text, whole in [(" ".join(user_texts(turns)), True), *((text, False) for text in texts)]:
             number = self._copied(words(text), whole)
             if number is not None:
                 return self.items[number]
@@ -143,13 +143,18 @@ class Guard:
         return None
 
 
-def read_conversations(path: Path) -> Iterator[list[str]]:
-    """The turns of each conversation of a file."""
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8")
-    with opened as file:
+def open_text(path: Path, mode: str = "r") -> TextIO:
+    """A text file, packed if its name ends with .xz."""
+    opener = lzma.open if path.suffix == ".xz" else open
+    return opener(path, mode + "t", encoding="utf-8")
+
+
+def read_conversations(path: Path) -> Iterator[list]:
+    """The turns of each conversation of a file: texts in turn, or messages with roles."""
+    with open_text(path) as file:
         for line in file:
             row = json.loads(line)
-            yield [message["content"] for message in row["messages"]] if isinstance(row, dict) else row[1]
+            yield row["messages"] if isinstance(row, dict) else row[1]
 
 
 def main() -> int:

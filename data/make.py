@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import random
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Iterable, Iterator, TextIO
+from typing import Iterable, Iterator
 
 import check
 from generators import KINDS, Row
@@ -64,10 +63,9 @@ class Sieve:
         """The rows that are new and copy nothing."""
         for kind, turns in rows:
             mark = hash(key_of(turns))
-            item = None if mark in self.seen else self.guard.copied(turns)
             if mark in self.seen:
                 self.counts["was there"] += 1
-            elif item:
+            elif item := self.guard.copied(turns):
                 self.counts[f"copies {item.source}"] += 1
             else:
                 self.seen.add(mark)
@@ -78,15 +76,9 @@ class Sieve:
         return "left out: " + (", ".join(f"{count:,} {why}" for why, count in self.counts.most_common()) or "nothing")
 
 
-def open_text(path: Path, mode: str) -> TextIO:
-    """A text file, packed if its name ends with .xz."""
-    opener = lzma.open if path.suffix == ".xz" else open
-    return opener(path, mode + "t", encoding="utf-8")
-
-
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a data file."""
-    with open_text(path, "r") as file:
+    with check.open_text(path) as file:
         for line in file:
             kind, turns = json.loads(line)
             yield kind, turns
@@ -95,7 +87,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 def write_rows(path: Path, rows: Iterable[Row]) -> Counter:
     """Writes rows as a data file; returns how many of each kind."""
     kinds: Counter = Counter()
-    with open_text(path, "w") as file:
+    with check.open_text(path, "w") as file:
         for kind, turns in rows:
             kinds[kind.split(":")[0]] += 1
             file.write(json.dumps([kind, turns], ensure_ascii=False) + "\n")

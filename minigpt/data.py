@@ -65,11 +65,13 @@ def dedupe(items: Iterable, # documents
 # %% ../nbs/01_data.ipynb #split-held
 def first_text(item: str | dict, # a text, or {"messages": [...]}
                ) -> str:
-    """A document's text, or the first user message of a conversation."""
-    if isinstance(item, str):
-        return item
-    return next(m["content"] for m in item["messages"]
-                if m["role"] == "user")
+    """A document's text, or the first user message of a conversation (all
+    that is said in it, where no user speaks)."""
+    if isinstance(item, dict):
+        for message in item.get("messages", ()):
+            if message["role"] == "user":
+                return message["content"]
+    return text_of(item)
 
 
 def split_held(items: Iterable, # documents

@@ -6,10 +6,10 @@
 __all__ = ['PLAIN_LORA', 'LoraConfig', 'check_lora', 'in_one_dtype', 'lora_step', 'PlainView', 'new_pair', 'LoraLinear',
            'linear_layers', 'find_targets', 'Adapters', 'adapters_of', 'lora_layers', 'bias_parameters',
            'switch_biases', 'own_biases', 'check_free', 'set_adapter', 'apply_lora', 'TrainableReport',
-           'trainable_report', 'merge_lora', 'unmerge_lora', 'hf_name', 'config_to_peft', 'adapter_tensors',
-           'save_adapter', 'config_from_peft', 'split_name', 'check_parts', 'read_adapter', 'load_adapter', 'adapted',
-           'nf4_code', 'to_blocks', 'quantize_blocks', 'dynamic_code', 'code_pairs', 'NF4', 'quantize_nf4',
-           'NF4Product', 'NF4Linear', 'quantize_model']
+           'trainable_report', 'merge_lora', 'unmerge_lora', 'config_to_peft', 'adapter_tensors', 'save_adapter',
+           'config_from_peft', 'split_name', 'check_parts', 'read_adapter', 'load_adapter', 'adapted', 'nf4_code',
+           'to_blocks', 'quantize_blocks', 'dynamic_code', 'code_pairs', 'NF4', 'quantize_nf4', 'NF4Product',
+           'NF4Linear', 'quantize_model']
 
 # %% ../nbs/08_lora.ipynb #imports
 import math
@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .engine.files import atomic_folder, read_json
+from .engine.files import atomic_folder, read_json, write_json
 from .engine.kernels import LoraProduct, first_order
-from .engine.hub import write_json
-from .engine.weights import our_name, read_tensors
+from .engine.weights import hf_name, our_name, read_tensors
 from .gpt2 import GPT2
 
 # %% ../nbs/08_lora.ipynb #config
@@ -435,11 +434,6 @@ def unmerge_lora(model: GPT2) -> GPT2:
         layer.merge(name, -1)
     adapters.merged = None
     return set_adapter(model, name)
-
-# %% ../nbs/08_lora.ipynb #hfname
-def hf_name(name: str) -> str:
-    """What a layer or the end of its name is called in transformers."""
-    return re.sub(r"^blocks\.", "h.", name)
 
 # %% ../nbs/08_lora.ipynb #configtopeft
 def config_to_peft(config: LoraConfig, layers: Sequence[str],

@@ -49,7 +49,7 @@ from torch import Tensor
 from . import __version__
 from .attention import set_attn_implementation
 from .bpe import BPETokenizer
-from .engine.chat_format import ChatRenderer
+from .engine.chat_format import CHAT_TOKENS, ChatRenderer
 from .engine.hub import load_pair
 from .engine.kernels import for_inference, shallow_copy
 from .generation import (Generation, KVCache, Options,
@@ -694,10 +694,9 @@ class Service:
 
     def __post_init__(self):
         tokenizer = self.engine.tokenizer
-        marks = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
         self.specials = tuple(tokenizer.special_tokens.values())
         self.renderer = (ChatRenderer(tokenizer) if all(
-            mark in tokenizer.special_tokens for mark in marks) else None)
+            mark in tokenizer.special_tokens for mark in CHAT_TOKENS) else None)
         self.longest = max(map(len, tokenizer.token_bytes))
 
 # %% ../nbs/11_server.ipynb #options

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..bpe import BPETokenizer
-from .chat_format import ChatRenderer, Rendered
+from .chat_format import (
+    CHAT_TOKENS, ChatRenderer, Rendered)
 from .dataset_readers import load_chats
 from .hub import load_pair
 from ..evaluation import NGram
@@ -88,6 +89,6 @@ class PlainRenderer:
 # %% ../../nbs/engine/baselines.ipynb #rendererfor
 def renderer_for(tokenizer: BPETokenizer) -> ChatRenderer | PlainRenderer:
     """A ChatRenderer if the tokenizer has chat tokens, else a plain one."""
-    if "<|im_start|>" in tokenizer.special_tokens:
+    if set(CHAT_TOKENS) <= set(tokenizer.special_tokens):
         return ChatRenderer(tokenizer)
     return PlainRenderer(tokenizer)

@@ -167,8 +167,10 @@ class ChatRenderer:
                 return ids
             if len(messages) == first + 1:
                 raise ValueError(
-                    f"the last message alone makes {len(ids)} tokens, but "
-                    f"max_length is {max_length}: shorten it")
+                    "the last message "
+                    f"{'and the system text make' if first else 'makes'} "
+                    f"{len(ids)} tokens, but max_length is {max_length}: "
+                    "shorten it")
             del messages[first:first + 2]
 
 # %% ../../nbs/engine/chat_format.ipynb #maskview
@@ -246,8 +248,9 @@ class RowEncoder:
             ) -> tuple[bytes, bytes]: # ids (uint16), mask (uint8)
         """The bytes of a row; none for one that has no answer left."""
         if isinstance(row, str):
-            ids = np.uint16(self.endoftext).tobytes() \
-                + self.tokenizer.encode_array(row).tobytes()
+            ids = np.array([self.endoftext,
+                            *self.tokenizer.encode_ordinary(row)],
+                           np.uint16).tobytes()
             return ids, b"\1" * (len(ids) // 2) if self.masked else b""
         if not isinstance(row, dict) or "messages" not in row:
             raise TypeError("expected a text or a {'messages': [...]}, got "

@@ -288,12 +288,12 @@ def _tokenizer_train(
     """
     refuse_existing(folder / "tokenizer.json", overwrite)
     refuse_unwritable(folder)
-    from minigpt.engine.tokenizer import Tokenizer
     from minigpt.data import text_of
+    from minigpt.engine.chat_format import CHAT_TOKENS
+    from minigpt.engine.tokenizer import Tokenizer
     from minigpt.engine.runs import open_rows
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer.train(map(text_of, open_rows(source, chats)),
-                                vocab_size, marks, num_proc=num_proc)
+                                vocab_size, CHAT_TOKENS, num_proc=num_proc)
     tokenizer.save_pretrained(folder, overwrite=overwrite)
     print(f"{tokenizer.vocab_size} ids in {folder}")
 

@@ -13,7 +13,9 @@ from itertools import chain, islice
 from pathlib import Path
 
 from ..data import split_documents
-from .files import ASSETS, open_text, own_first, parse_json
+from .chat_format import check_messages
+from .files import (
+    ASSETS, OPENERS, open_text, own_first, parse_json)
 
 # %% ../../nbs/engine/dataset_readers.ipynb #bundled
 DATA = ASSETS / "data"
@@ -85,7 +87,7 @@ def load_hub(name: str | Path, config: str | None = None,
 def _file_kind(path: str | Path) -> str:
     """The ending that says what is in a file: "a.jsonl.xz" -> ".jsonl"."""
     path = Path(path)
-    packed = path.suffix in {".gz", ".xz", ".bz2"}
+    packed = path.suffix in OPENERS
     return (Path(path.stem) if packed else path).suffix.lower()
 
 # %% ../../nbs/engine/dataset_readers.ipynb #findfiles
@@ -296,8 +298,6 @@ def as_chat(row, where: str = "row") -> dict:
       source.
     Raises ValueError that names `where` and what is wrong.
     """
-    from minigpt.engine.chat_format import check_messages  # texts need none
-
     if isinstance(row, list) and len(row) == 2 and isinstance(row[1], list):
         row = {"messages": _from_pairs(row), "kind": row[0]}
     if not isinstance(row, dict):

@@ -13,16 +13,14 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from .chat_format import ChatRenderer
-from ..evaluation import NGram, NGramDecoder
+from ..evaluation import EVAL, NGram, NGramDecoder, fit_prompts
 from ..generation import RepetitionPenalty, generate
 
 # %% ../../nbs/engine/everyday.ipynb #rows
-EVERYDAY = Path(str(files("minigpt"))) / "assets" / "eval" / "everyday.jsonl"
+EVERYDAY = EVAL / "everyday.jsonl"
 KINDS = ("small talk", "explaining", "facts", "sums", "context", "recall",
          "tasks", "limits")
 
@@ -165,12 +163,15 @@ def ask_rows(model: Any, tokenizer: Any, rows: Sequence[dict], *,
         live = [i for i, part in enumerate(parts) if len(part) > turn]
         for i in live:
             past[i] += parts[i][turn]
-        prompts = {i: renderer.prompt(past[i], max_length=room) for i in live}
-        live.sort(key=lambda i: len(prompts[i]))
-        for at in range(0, len(live), batch_size):
-            batch = live[at:at + batch_size]
+        fitted = dict(zip(live, fit_prompts(
+            renderer, [past[i] for i in live], room)))
+        order = sorted((i for i in live if fitted[i] is not None),
+                       key=lambda i: len(fitted[i]))
+        said = dict.fromkeys(live, "")           # what does not fit
+        for at in range(0, len(order), batch_size):
+            batch = order[at:at + batch_size]
             drawn = generate(
-                model, [prompts[i] for i in batch], temperature=temperature,
+                model, [fitted[i] for i in batch], temperature=temperature,
                 top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens,
                 processors=[RepetitionPenalty(repetition_penalty,
                                               prompt=False)],
@@ -178,9 +179,10 @@ def ask_rows(model: Any, tokenizer: Any, rows: Sequence[dict], *,
                 seed=[random.Random(f"{seed} {rows[i]['id']} {turn}"
                                     ).getrandbits(62) for i in batch])
             for i, text in zip(batch, drawn):
-                answers[i].append(tokenizer.decode(text.ids).strip())
-                past[i].append({"role": "assistant",
-                                "content": answers[i][-1]})
+                said[i] = tokenizer.decode(text.ids).strip()
+        for i in live:
+            answers[i].append(said[i])
+            past[i].append({"role": "assistant", "content": said[i]})
     return answers
 
 # %% ../../nbs/engine/everyday.ipynb #wilson

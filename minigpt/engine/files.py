@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'decode_text', 'open_text', 'read_text', 'own_first', 'parse_json', 'read_json', 'reading',
-           'refuse_existing', 'refuse_same', 'refuse_unwritable', 'atomic_file', 'write_text', 'write_files',
-           'atomic_folder']
+           'refuse_existing', 'refuse_same', 'refuse_unwritable', 'atomic_file', 'write_text', 'write_json',
+           'write_files', 'atomic_folder']
 
 # %% ../../nbs/engine/files.ipynb #imports
 import bz2
@@ -317,6 +317,12 @@ def write_text(path: str | Path,           # the file
     """Write a text in UTF-8, with plain line ends, all of it or nothing."""
     with atomic_file(path, overwrite=overwrite) as aside:
         aside.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path,  # in a folder that is not there yet for others
+               values: dict) -> None:
+    """Write values as indented JSON in UTF-8, in place."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 # %% ../../nbs/engine/files.ipynb #write-files
 def write_files(folder: str | Path,         # made if it is not there

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'HUB_NAMES', 'config_from_hf', 'config_to_hf', 'read_config', 'find_model', 'load_model', 'load_pair',
-           'write_json', 'save_model', 'save_int8']
+           'save_model', 'save_int8']
 
 # %% ../../nbs/engine/hub.ipynb #imports
-import json
 import os
 import re
 from dataclasses import replace
@@ -17,7 +16,8 @@ import torch
 
 from ..bpe import BPETokenizer
 from .devices import pick_device, pick_dtype
-from .files import ASSETS, atomic_folder, read_json, reading
+from .files import (
+    ASSETS, atomic_folder, read_json, reading, write_json)
 from .weights import (hf_weights, int8_weights, read_weights,
                                     write_tensors)
 from ..gpt2 import GPT2, GPT2Config, count_parts
@@ -222,12 +222,6 @@ def _generation_config(config: GPT2Config,  # the shape of a model
             "temperature": 0.7, "top_k": 50, "top_p": 0.9} | chat
 
 # %% ../../nbs/engine/hub.ipynb #save-model
-def write_json(path: Path,  # a file, new or not
-               values: dict) -> None:
-    """Write values as indented JSON in UTF-8."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def save_model(model: GPT2,  # stays as it is
                folder: str | Path,  # made if it is not there
                tokenizer=None,  # a BPETokenizer, whose files go there too

@@ -25,7 +25,8 @@ from .baselines import renderer_for
 from .dataset_readers import load_chats
 from .everyday import (
     KINDS, ask_rows, judge, load_everyday, tally)
-from .files import write_files
+from .files import (
+    refuse_existing, refuse_unwritable, write_files)
 from ..evaluation import (
     Estimate, Scores, accuracy_by_group, answer_chats, bleu_estimate,
     bootstrap, calibration, choice_accuracy, chrf, credit, distinct,
@@ -45,7 +46,7 @@ class Suite:
 
 
 SUITES = {"quick": Suite(100, 48, None, 48, 24),
-          "full": Suite(None, None, None, 128)}
+          "full": Suite(None, None, None, 128, None)}
 
 # %% ../../nbs/engine/report.ipynb #kinds
 def by_kind(chats: Sequence[dict], least: int = 4) -> dict[str, list[int]]:
@@ -145,14 +146,13 @@ def choices_part(model: nn.Module, tokenizer: BPETokenizer,
         "rows": right}
 
 # %% ../../nbs/engine/report.ipynb #everydaypart
-def everyday_part(model: nn.Module, renderer: Any, limit: int | None,
-                  max_new_tokens: int = 160) -> dict:
+def everyday_part(model: nn.Module, renderer: Any, limit: int | None
+                  ) -> dict:
     """Counts of right answers with intervals, by kind, and the answers."""
     rows = sorted(load_everyday(), key=lambda row: row["half"] != "tune")
     rows = [row for kind in KINDS
             for row in [r for r in rows if r["kind"] == kind][:limit]]
-    said = ask_rows(model, renderer.tokenizer, rows, renderer=renderer,
-                    max_new_tokens=max_new_tokens)
+    said = ask_rows(model, renderer.tokenizer, rows, renderer=renderer)
     right = [judge(row, answers) for row, answers in zip(rows, said)]
     return {"kinds": {kind: [*n] for kind, n in tally(rows, right).items()},
             "rows": [{"id": row["id"], "said": answers, "right": good}
@@ -369,16 +369,12 @@ def report_html(reports: Sequence[dict], answers: int = 12) -> str:
 def check_folder(folder: str | Path, overwrite: bool = False) -> Path:
     """The folder as a Path; FileExistsError if it holds a report.
 
-    Raises NotADirectoryError where something else has that name.
+    Raises OSError where no folder of that name can be written to.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder: choose another "
-                                 "name for the report's")
-    for path in (folder / "report.json", folder / "report.html"):
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists: choose another folder, or "
-                                  "say that it may be overwritten")
+    refuse_unwritable(folder)
+    for name in ("report.json", "report.html"):
+        refuse_existing(folder / name, overwrite)
     return folder
 
 # %% ../../nbs/engine/report.ipynb #writereport

@@ -213,8 +213,9 @@ class Tokenizer(BPETokenizer):
     def _pack(self, text: str) -> bytes:
         """The ids of a plain text, packed."""
         if not isinstance(text, str):
-            raise TypeError(f"text must be str, got {type(text).__name__}"
-                            + ": decode it first" * isinstance(text, bytes))
+            hint = ": decode it first" if isinstance(text, bytes) else ""
+            raise TypeError("text must be str, got "
+                            f"{type(text).__name__}{hint}")
         pieces = [text]
         if len(text) > 1 << 20:
             starts = range(0, len(text), 1 << 20)

@@ -84,7 +84,8 @@ def read_tokenizer_json(path: str | Path) -> tuple:
     odd = [f"model.{name}" for name in
            ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
             "byte_fallback") if model.get(name)]
-    odd += ["normalizer"] * bool(spec.get("normalizer"))
+    if spec.get("normalizer"):
+        odd.append("normalizer")
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         odd.append(f"model type {model.get('type')!r}")
     if (pre.get("type") != "ByteLevel" or pre.get("add_prefix_space")
@@ -197,7 +198,7 @@ def tokenizer_json(vocabulary: BPETokenizer  # what is written
 def tokenizer_config(vocabulary: BPETokenizer  # what is written
                      ) -> dict:
     """What transformers' tokenizer_config.json holds for a vocabulary."""
-    from minigpt.engine.chat_format import CHAT_TEMPLATE
+    from minigpt.engine.chat_format import CHAT_TEMPLATE, CHAT_TOKENS
 
     names = set(vocabulary.special_tokens)
     config = {"tokenizer_class": "PreTrainedTokenizerFast",
@@ -205,7 +206,7 @@ def tokenizer_config(vocabulary: BPETokenizer  # what is written
     if "<|endoftext|>" in names:
         config |= {name: "<|endoftext|>" for name in
                    ("bos_token", "eos_token", "pad_token")}
-    if {"<|endoftext|>", "<|im_start|>", "<|im_end|>"} <= names:
+    if set(CHAT_TOKENS) <= names:
         config |= {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
     return config
 
