@@ -11,9 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/02_attention.ipynb #dbc6fe18
 def plot_weights(weights: Tensor,  # attention weights or scores (T, S)

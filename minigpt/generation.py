@@ -375,7 +375,6 @@ class KVCache:
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
         self.pad = pad if pad is not None and bool(pad.any()) else None
-        self.block_size = config.block_size
 
     @property
     def rows(self) -> int:
@@ -405,15 +404,13 @@ class KVCache:
         return (columns[None] - self.pad[:, None]).clamp(min=0)
 
     def mask(self, T: int) -> Tensor | None:
-        """Which columns each of the next T queries may see, bool (B or 1, 1,
-        T, S); None where the plain causal rule says the same."""
-        if self.pad is None and (T == 1 or self.length == 0):
+        """Which columns each of the next T queries may see, bool (B, 1, T,
+        S); None where the plain causal rule says the same."""
+        if self.pad is None:
             return None
         columns = torch.arange(self.length + T, device=self.k.device)
         rows = columns[self.length:]
         mask = columns[None] <= rows[:, None]                # (T, S)
-        if self.pad is None:
-            return mask[None, None]
         real = columns[None] >= self.pad[:, None]            # (B, S)
         own = columns[None] == rows[:, None]                 # (T, S)
         return ((mask & real[:, None]) | own)[:, None]       # (B, 1, T, S)
@@ -506,7 +503,7 @@ class Decoder:
         alone = len(prompts) == len(self.ids) == 1
         if alone and self.cache.pad is None:
             same = min(shared_prefix(self.ids[0], prompts[0]), longest - 1)
-        if same and self.cache.k.shape[3] == self.config.block_size:
+        if same and self.cache.room == self.config.block_size:
             self.cache.truncate(same)
         else:
             same, self.cache = 0, new_cache(self.model, prompts, room)

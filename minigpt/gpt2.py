@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import CausalSelfAttention
 
@@ -140,9 +139,10 @@ class GPT2(nn.Module):
         """The residual stream after some of the blocks."""
         from minigpt.engine.checks import check_ids, unknown_id
         check_ids(ids, cache, self.config.block_size)
-        T, mask = ids.shape[1], None
-        positions = torch.arange(T, device=ids.device)        # (T,)
-        if cache is not None:
+        T = ids.shape[1]
+        if cache is None:
+            positions, mask = torch.arange(T, device=ids.device), None
+        else:
             positions, mask = cache.positions(T), cache.mask(T)
         try:
             x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
@@ -157,8 +157,9 @@ class GPT2(nn.Module):
     def head(self, x: Tensor,  # (B, T, C), what ln_f gives
              ) -> Tensor:  # (B, T, V)
         """The logits, by the table of tokens or by `lm_head`."""
-        by_table = self.lm_head is None
-        return F.linear(x, self.wte.weight) if by_table else self.lm_head(x)
+        if self.lm_head is None:
+            return F.linear(x, self.wte.weight)
+        return self.lm_head(x)
 
     def forward(self, ids: Tensor,  # (B, T)
                 cache=None,  # the ids go on where it ends, see KVCache

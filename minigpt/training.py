@@ -20,6 +20,11 @@ def get_batch(ids: Tensor, # (N,) one long row of tokens
     windows = ids[starts + torch.arange(block_size + 1)]    # (B, T+1)
     return windows[:, :-1], windows[:, 1:]
 
+# %% ../nbs/04_training.ipynb #loss
+import math
+
+import torch.nn.functional as F
+
 # %% ../nbs/04_training.ipynb #ngram-losses
 import numpy as np
 
@@ -75,9 +80,6 @@ def make_optimizer(model: nn.Module,
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 # %% ../nbs/04_training.ipynb #learning-rate
-import math
-
-
 def learning_rate(step: int, # counted from 0
                   done: float, # how much of the run is over, 0 to 1
                   *, lr: float = 1.0, # the highest rate
@@ -99,9 +101,6 @@ def learning_rate(step: int, # counted from 0
     return lr * (final_lr + (1 - final_lr) * wave)
 
 # %% ../nbs/04_training.ipynb #summed-loss
-import torch.nn.functional as F
-
-
 def summed_loss(model: nn.Module,
                 ids: Tensor, # (B, T)
                 targets: Tensor, # (B, T); -100 does not count

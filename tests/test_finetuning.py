@@ -182,6 +182,8 @@ def test_the_hook_leaves_other_calls_alone_and_goes():
         assert generate(model, [0, 5], max_new_tokens=3, temperature=0).ids == \
             generate(tiny(), [0, 5], max_new_tokens=3, temperature=0).ids
     assert torch.equal(model(ids), before)
+    with pytest.raises(ValueError, match="block_size"), documents_apart(model, 0):
+        model(torch.arange(model.config.block_size + 1)[None] % 50)
     with pytest.raises(KeyError), documents_apart(model, 0):
         raise KeyError
     assert torch.equal(model(ids), before)

@@ -464,7 +464,7 @@ def test_int8_needs_a_number_for_each_row(tiny, tmp_path, scale):
 
 
 def test_an_absurd_config_is_refused_at_once(tiny, tmp_path):
-    """In a process of its own with little memory and time: nothing of the promised size is ever built."""
+    """In a process of its own that has a minute: nothing of the promised size is ever built."""
     tiny.save_pretrained(tmp_path / "m")
     set_config(n_layer=2**24, n_positions=16)(tmp_path / "m")
     code = ("from minigpt.gpt2 import GPT2\ntry:\n    GPT2.from_pretrained('m')\n"

@@ -35,11 +35,12 @@ def test_tracing_leaves_no_trace(tiny):
     calls = []
 
     def mine(q, k, v, mask=None):                                        # somebody else's
-        calls.append(tuple(q.shape))
-        return sdpa_attention(q, k, v, mask)
+        calls.append(2 * sdpa_attention(q, k, v, mask))
+        return calls[-1]
     tiny.blocks[1].attn.attend = mine
-    trace(tiny, ids_of(), ["blocks.1.attn.q", "blocks.1.attn.z", "ln_f"])
-    assert calls == [(2, 2, 10, 4)] and tiny.blocks[1].attn.attend is mine
+    seen = trace(tiny, ids_of(), ["blocks.1.attn.q", "blocks.1.attn.z", "ln_f"])
+    assert [z.shape for z in calls] == [(2, 2, 10, 4)] and tiny.blocks[1].attn.attend is mine
+    assert torch.equal(seen["blocks.1.attn.z"], calls[0])                # what flowed, not what lesson 02 would give
     with pytest.raises(ValueError, match="id 99"):
         trace(tiny, torch.tensor([[99]]))
     for module in tiny.modules():

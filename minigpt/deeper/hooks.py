@@ -43,7 +43,7 @@ def _match_names(patterns: str | Sequence[str], names: Sequence[str]
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        if not any(fnmatch.fnmatchcase(n, pattern) for n in names):
             near = difflib.get_close_matches(pattern, names, 1, 0.3)
             raise ValueError(f"no tensor is called {pattern!r}; "
                              f"did you mean {(near or names)[0]!r}? "
@@ -77,9 +77,9 @@ def _hook_up(model: GPT2, path: str, kind: str, found: dict
 
     def watch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
               ) -> Tensor:
-        z, pattern = attention(q, k, v, mask)
+        z, pattern = before(q, k, v, mask), attention(q, k, v, mask)[1]
         found[path, kind] = dict(q=q, k=k, v=v, pattern=pattern, z=z)
-        return before(q, k, v, mask)
+        return z
     module.attend = watch
     return lambda: setattr(module, "attend", before)
 
@@ -91,7 +91,9 @@ def trace(model: GPT2,  # stays as it is
     """Run `model(ids)` and keep intermediate tensors by name.
 
     Several names are given as a list, with wildcards where wanted:
-    "blocks.*.attn.pattern". Raises ValueError for a name that fits nothing.
+    "blocks.*.attn.pattern". `pattern` holds the weights of lesson 02's
+    attention, whatever function the layer mixes its values by. Raises
+    ValueError for a name that fits nothing.
     """
     wanted = _match_names(names, trace_names(model.config))
     places = {name: _hook_place(name) for name in wanted}

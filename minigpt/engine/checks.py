@@ -39,7 +39,8 @@ def check_ids(ids: Tensor,  # (B, T)
               cache,  # of earlier tokens, or None
               block_size: int,  # of the model
               ) -> None:
-    """Raise ValueError unless the ids are (B, T) and have room."""
+    """Raise TypeError unless the ids are whole numbers, and ValueError
+    unless they are (B, T) and have room."""
     if ids.is_floating_point():
         raise TypeError(f"ids are {ids.dtype}: they must be whole numbers")
     if ids.ndim != 2 or ids.shape[1] == 0:

@@ -253,7 +253,7 @@ def use_kernels(
             if getattr(getattr(module, "act", None), "approximate",
                        "") == "tanh":
                 module.act = PieceGELU()
-        model.wte.sparse = getattr(model, "lm_head", 0) is None  # tied
+        model.wte.sparse = model.lm_head is None  # tied
     return summed_rows_loss
 
 # %% ../../nbs/engine/kernels.ipynb #loraproduct
