@@ -286,7 +286,7 @@ def test_style_counts_by_hand():
                     cell("code", "b", "#| exports\ndef f(x):\n\n    return x"), shown,
                     cell("code", "d", "#| hide\nimport json"), cell("code", "e", "#| exporti\n" + "y" * 81), *task]}
     found = style.counts(nb)
-    assert found == {"cells": 8, "code": 8, "minutes": 1, "median": 2, "longest": 2, "words": round(14 / 8, 1),
+    assert found == {"cells": 9, "code": 9, "minutes": 1, "median": 1.5, "longest": 2, "words": round(14 / 9, 1),
                      "pictures": 1, "exercises": 1, "unbadged": 0, "names": 0, "module": 0, "wide": 1}
     assert style.outside("lesson", found) == ["words", "exercises", "wide"]
     assert style.outside("engine", found) == ["wide"]

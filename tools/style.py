@@ -48,8 +48,8 @@ def public_names(module: Path) -> list[str]:
 
 
 def counts(nb: dict) -> dict[str, float]:
-    """The numbers of a notebook, by the names of LESSON; cells marked `#| hide` do not count."""
-    cells = [cell for cell in nb["cells"] if not re.match(r"#\|\s*hide\b", source(cell))]
+    """The numbers of a notebook, by the names of LESSON."""
+    cells = nb["cells"]
     code = [source(cell) for cell in cells if cell["cell_type"] == "code" and code_lines(source(cell))]
     exported = [text for text in code if re.match(r"#\|\s*export", text)]
     lines = [len(code_lines(text)) for text in code]
