@@ -469,7 +469,7 @@ def test_files_rows_and_processes_give_the_same_merges(tmp_path):
     lines = text.splitlines(keepends=True)
     assert Tokenizer.train(path, 1200).merges == want
     rows = ({"body": line} for line in lines)
-    by_row = Tokenizer.train(rows, 1200, column="body").merges
+    by_row = Tokenizer.train(rows, 1200, field="body").merges
     assert by_row == Tokenizer.train(lines, 1200, num_proc=2).merges == Tokenizer.train(lines, 1200).merges
 
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self")
 
 CASES = [  # name, batch, block, dtype, pass
-    ("nano", 64, 256, "float32", "forward"),
-    ("nano", 32, 256, "float32", "training"), ("nano", 16, 256, "bfloat16", "training"),
+    # of nano two cases away from malloc's edge: pieces of less than 32 MiB are kept one time and given back the next
+    ("nano", 96, 256, "float32", "forward"), ("nano", 32, 256, "float32", "training"),
     ("mini", 4, 256, "float32", "forward"), ("mini", 4, 256, "bfloat16", "forward"),
     ("mini", 2, 256, "float32", "training"), ("mini", 1, 1024, "bfloat16", "training"),
     ("gpt2", 2, 256, "float32", "forward"), ("gpt2", 1, 256, "bfloat16", "forward"),

@@ -231,7 +231,7 @@ def test_a_stream_cannot_be_split_and_names_its_columns():
         recipe_phases(recipe, SHAPE, TrainConfig(), Tokenizer.from_pretrained(), Path("nowhere"))
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"body": "a"}]).to_iterable_dataset()
-    with pytest.raises(ValueError, match="no column 'text', but body"):
+    with pytest.raises(ValueError, match="no field 'text', but body"):
         StreamSampler(rows, Tokenizer.from_pretrained(), 8, 1).next_batch()
 
 

@@ -49,7 +49,7 @@ def open_model(name: str | None = None, *, device: str | None = None
     if name in BASELINES:
         tokenizer = BPETokenizer.from_pretrained()
         return baseline(name, tokenizer), tokenizer
-    return load_pair(None if name == "minigpt-chat" else name, device=device)
+    return load_pair(name, device=device)
 
 # %% ../../nbs/engine/baselines.ipynb #plain
 class PlainRenderer:

@@ -136,7 +136,7 @@ class StreamSampler:
     """Windows from a streamed dataset, as WindowSampler gives them.
 
     It starts anew when the stream ends. Raises ValueError for a stream
-    that is empty or has no such column.
+    that is empty or has no such field.
     """
 
     mask = None
@@ -145,9 +145,9 @@ class StreamSampler:
                  tokenizer: BPETokenizer,
                  block_size: int,        # T
                  batch_size: int,        # B, for this process
-                 *, column: str = "text",  # where the stream's text is
+                 *, field: str = "text",  # where the stream's text is
                  ranks: Ranks = Ranks()):
-        self.whole, self.tokenizer, self.column = dataset, tokenizer, column
+        self.whole, self.tokenizer, self.field = dataset, tokenizer, field
         self.shape, self.ranks = (batch_size, block_size), ranks
         self.start()
 
@@ -167,12 +167,12 @@ class StreamSampler:
                 raise ValueError("the stream is empty for this process")
             self.start()
             return self.document()
-        if self.column not in row:
-            raise ValueError(f"the stream has no column {self.column!r}, but "
+        if self.field not in row:
+            raise ValueError(f"the stream has no field {self.field!r}, but "
                              f"{', '.join(row)}")
         self.read += 1
         start = self.tokenizer.special_tokens[SEPARATOR]
-        return [start, *self.tokenizer.encode_ordinary(row[self.column])]
+        return [start, *self.tokenizer.encode_ordinary(row[self.field])]
 
     def next_batch(self) -> Windows:
         """The next B windows of T + 1 ids, each after the one before."""

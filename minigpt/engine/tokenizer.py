@@ -82,7 +82,7 @@ def _count_words(texts: Iterable[str], # read once, need not fit in memory
     return words
 
 # %% ../../nbs/engine/tokenizer.ipynb #iter-texts
-def _iter_texts(source: str | Path | Iterable, column: str) -> Iterator[str]:
+def _iter_texts(source: str | Path | Iterable, field: str) -> Iterator[str]:
     """Texts one by one; errors name the item that is none."""
     items = [source] if isinstance(source, (str, Path, Mapping)) else source
     for n, item in enumerate(items):
@@ -91,10 +91,10 @@ def _iter_texts(source: str | Path | Iterable, column: str) -> Iterator[str]:
                 yield from _cut_safely(iter(lambda: file.read(1 << 20), ""))
             continue
         if isinstance(item, Mapping):
-            if column not in item:
-                raise ValueError(f"row {n} has no field {column!r}, only "
-                                 f"{sorted(item)}: name one with column=")
-            item = item[column]
+            if field not in item:
+                raise ValueError(f"row {n} has no field {field!r}, only "
+                                 f"{sorted(item)}: name one with field=")
+            item = item[field]
         if not isinstance(item, str):
             raise TypeError(f"item {n} is no text but {item!r:.40}: give "
                             "str, Path or rows")
@@ -181,7 +181,7 @@ class Tokenizer(BPETokenizer):
               vocab_size: int, # ids, with bytes and special tokens
               special_tokens: Iterable[str] = (), # names; they come first
               *, num_proc: int = 1, # processes that count words
-              column: str = "text", # field of a row that is its text
+              field: str = "text", # field of a row that is its text
               progress: bool | None = None, # None: only in a terminal
               ) -> "Tokenizer":
         """Learn a vocabulary from texts, which are read once.
@@ -195,7 +195,7 @@ class Tokenizer(BPETokenizer):
             raise ValueError(f"num_proc={num_proc}: must be 1 or more")
         n_tokens = vocab_size - len(names)
         words = _count_words(
-            _watched(_iter_texts(texts, column), progress), num_proc)
+            _watched(_iter_texts(texts, field), progress), num_proc)
         if not words:
             raise ValueError("texts is empty: there is nothing to learn from")
         tokens, merges = learn_merges(words, n_tokens, progress)

@@ -49,9 +49,7 @@ COLUMNS = ("step", "tokens", "seconds", "loss", "lr", "norm",
 
 
 class CSVLog:
-    """log.csv, one line per logged step; `rows` as dicts of numbers.
-
-    """
+    """log.csv, one line per logged step; `rows` as dicts of numbers."""
 
     def __init__(self, path: str | Path,
                  after: int = 0  # keep an earlier part up to this step
@@ -73,9 +71,7 @@ class CSVLog:
 
 # %% ../../nbs/engine/tracking.ipynb #meter
 class Meter:
-    """Collects steps, and makes one line of the log of them.
-
-    """
+    """Collects steps, and makes one line of the log of them."""
 
     def __init__(self, tokens: int,  # of a step
                  work: float,  # operations of a step
@@ -171,9 +167,7 @@ def in_notebook() -> bool:
 
 # %% ../../nbs/engine/tracking.ipynb #live-plot
 class LivePlot:
-    """A callback of `train`: one figure that is redrawn while it runs.
-
-    """
+    """A callback of `train`: one figure that is redrawn while it runs."""
 
     def __init__(self, path: str | Path | None = None,  # a PNG, too
                  every: float = 2.0,  # seconds between drawings
