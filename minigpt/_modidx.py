@@ -132,8 +132,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'minigpt/deeper/beam_search.py'),
                                             'minigpt.deeper.beam_search._may_improve': ( 'deeper/beam_search.html#_may_improve',
                                                                                          'minigpt/deeper/beam_search.py'),
-                                            'minigpt.deeper.beam_search._search_one': ( 'deeper/beam_search.html#_search_one',
-                                                                                        'minigpt/deeper/beam_search.py'),
                                             'minigpt.deeper.beam_search.beam_search': ( 'deeper/beam_search.html#beam_search',
                                                                                         'minigpt/deeper/beam_search.py')},
             'minigpt.deeper.constrained': { 'minigpt.deeper.constrained.RegexConstraint': ( 'deeper/constrained.html#regexconstraint',

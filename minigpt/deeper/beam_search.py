@@ -156,8 +156,11 @@ class _Search:
         """The best finished texts of all groups, best first."""
         done = [replace(text, steps=self.step) for group in self.groups
                 for text in group.done]
-        done.sort(key=lambda text: -text.score)
-        return done[:self.beams.num_return]
+        if not done:
+            raise ValueError("no token is left: the processors forbid all of "
+                             "them; loosen a ban, a constraint or a limit")
+        return sorted(done, key=lambda text: -text.score)[
+            :self.beams.num_return]
 
 # %% ../../nbs/deeper/beam_search.ipynb #memory
 def _check_memory(model: GPT2, num_beams: int, length: int) -> None:
@@ -204,19 +207,10 @@ def beam_search(model: GPT2, ids: Sequence | Tensor,  # as for `generate`
           "'error' or 'truncate'")
     _check_memory(model, num_beams, max(map(len, rows)) + limit)
     decoder = decoder or Decoder(model, "live")
-    found = [_search_one(decoder, row, options, beams, limit)
-             for row in rows]
+    found = []
+    for row in rows:
+        search = _Search(row, options, beams, limit)
+        for _ in run_strategy(decoder, [row], search, limit):
+            pass
+        found.append(search.results())
     return found[0] if single else found
-
-# %% ../../nbs/deeper/beam_search.ipynb #function-0
-def _search_one(decoder: Decoder, prompt: list[int], options: Options,
-                beams: BeamOptions, limit: int) -> list[Generation]:
-    """The best texts after one prompt."""
-    search = _Search(prompt, options, beams, limit)
-    for _ in run_strategy(decoder, [prompt], search, limit):
-        pass
-    found = search.results()
-    if not found:
-        raise ValueError("no token is left: the processors forbid all of "
-                         "them; loosen a ban, a constraint or a limit")
-    return found
