@@ -11,7 +11,6 @@ any model folder with the same vocabulary. Set BENCH_THREADS=1 on a busy machine
 from __future__ import annotations
 
 import argparse
-import random
 from dataclasses import replace
 
 import torch
@@ -36,10 +35,14 @@ class Counting:
     def __init__(self, draft):
         self.draft, self.guesses = draft, 0
 
-    def __call__(self, ids, count, rng: random.Random):
-        guesses, chances = self.draft(ids, count, rng)
-        self.guesses += len(guesses)
-        return guesses, chances
+    def start(self, prompt):
+        guess = self.draft.start(prompt)
+
+        def counted(ids, count, rng):
+            guesses, probs = guess(ids, count, rng)
+            self.guesses += len(guesses)
+            return guesses, probs
+        return counted
 
 
 def main():
@@ -59,14 +62,16 @@ def main():
     from minigpt.engine.tokenizer import Tokenizer
     from minigpt.engine.chat_format import ChatRenderer
     from minigpt.engine.dataset_readers import load_chats, load_text
-    from minigpt.generation import Decoder, ModelDraft, NGramDraft, Options, generate_options, speculate
+    from minigpt.deeper.fast_decoding import Decoder
+    from minigpt.deeper.speculative import ModelDraft, NGramDraft, speculate
+    from minigpt.generation import Options, generate
     from minigpt.gpt2 import GPT2
     model, tokenizer = GPT2.from_pretrained(), Tokenizer.from_pretrained()
     renderer = ChatRenderer(tokenizer)
     chats = load_chats("held")
     step = max(1, len(chats) // a.prompts)
     prompts = [renderer.prompt(chat["messages"][:1]) for chat in chats[::step]][:a.prompts]
-    options = Options(a.new, a.temperature, top_k=None if a.temperature == 0 else 50, seed=0,
+    options = Options(max_new_tokens=a.new, temperature=a.temperature, top_k=None if a.temperature == 0 else 50, seed=0,
                       stop_ids=sorted(tokenizer.special_tokens.values()))
     read = [renderer.render(chat["messages"]).ids for chat in load_chats("chats")]
     read += [tokenizer.encode_ordinary(text) for text in load_text("stories")]
@@ -78,7 +83,7 @@ def main():
     decoder, rows, seconds, counted = Decoder(model, a.weights), [], {}, {}
 
     def plain():
-        return [generate_options(model, ids, options, decoder) for ids in prompts]
+        return [generate(model, ids, options, decoder=decoder) for ids in prompts]
 
     def guessing(draft, count):
         def run():
