@@ -44,11 +44,13 @@ def project_model(cfg, state_dict, dtype=torch.float32):
 
 
 def load_project(cfg, state_dict, dtype=torch.float32, weights="auto", beams=0):
-    """generate(ids, new_tokens) -> ids, from the HF model's weights. `weights`: see minigpt.generation.Decoder."""
+    """generate(ids, new_tokens) -> ids, from the HF model's weights. `weights`: see minigpt.deeper.fast_decoding.Decoder."""
     model = project_model(cfg, state_dict, dtype)
     if model is None:
         return None
-    from minigpt.generation import Decoder, beam_search, generate
+    from minigpt.deeper.beam_search import beam_search
+    from minigpt.deeper.fast_decoding import Decoder
+    from minigpt.generation import generate
     decoder = Decoder(model, weights)
 
     def run(ids, new):
@@ -56,7 +58,7 @@ def load_project(cfg, state_dict, dtype=torch.float32, weights="auto", beams=0):
             best = beam_search(model, ids[0], num_beams=beams, max_new_tokens=new, decoder=decoder)[0]
             return torch.cat([ids, torch.tensor([best.ids])], 1)
         rows = ids.tolist()
-        out = generate(model, rows, max_new_tokens=new, temperature=0, decoder=decoder)
+        out = generate(model, rows, max_new_tokens=new, temperature=0, stop_ids=(), decoder=decoder)
         return torch.tensor([row + g.ids for row, g in zip(rows, out)])
     return run
 

@@ -59,14 +59,16 @@ def main():
     from minigpt.engine.tokenizer import Tokenizer
     from minigpt.engine.chat_format import ChatRenderer
     from minigpt.engine.dataset_readers import load_chats, load_text
-    from minigpt.generation import Decoder, ModelDraft, NGramDraft, Options, generate_options, speculate
+    from minigpt.deeper.fast_decoding import Decoder
+    from minigpt.deeper.speculative import ModelDraft, NGramDraft, speculate
+    from minigpt.generation import Options, generate
     from minigpt.gpt2 import GPT2
     model, tokenizer = GPT2.from_pretrained(), Tokenizer.from_pretrained()
     renderer = ChatRenderer(tokenizer)
     chats = load_chats("held")
     step = max(1, len(chats) // a.prompts)
     prompts = [renderer.prompt(chat["messages"][:1]) for chat in chats[::step]][:a.prompts]
-    options = Options(a.new, a.temperature, top_k=None if a.temperature == 0 else 50, seed=0,
+    options = Options(max_new_tokens=a.new, temperature=a.temperature, top_k=None if a.temperature == 0 else 50, seed=0,
                       stop_ids=sorted(tokenizer.special_tokens.values()))
     read = [renderer.render(chat["messages"]).ids for chat in load_chats("chats")]
     read += [tokenizer.encode_ordinary(text) for text in load_text("stories")]
@@ -78,7 +80,7 @@ def main():
     decoder, rows, seconds, counted = Decoder(model, a.weights), [], {}, {}
 
     def plain():
-        return [generate_options(model, ids, options, decoder) for ids in prompts]
+        return [generate(model, ids, options, decoder=decoder) for ids in prompts]
 
     def guessing(draft, count):
         def run():

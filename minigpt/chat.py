@@ -20,8 +20,8 @@ from .bpe import BPETokenizer
 from .engine.chat_format import ChatRenderer, check_messages
 from .engine.files import decode_text, parse_json, write_text
 from .engine.hub import load_pair
-from .generation import (Decoder, Options, RepetitionPenalty,
-                                TextStream, stream_text)
+from .engine.streaming import TextStream, stream_text
+from .generation import Options
 from .gpt2 import GPT2
 from .lora import adapted
 from .rag import RAG, cite, plain, reading_prompt
@@ -198,14 +198,16 @@ class Shelf:
 
     def __init__(self, model: GPT2, size: int = 4):
         self.model, self.size = model, size
+        from minigpt.deeper.fast_decoding import Decoder
         self._made: dict[tuple, Decoder] = {}
         self._plain, self._lock = Decoder(model), threading.Lock()
 
-    def take(self, adapter: str | Path | None = None) -> Decoder:
+    def take(self, adapter: str | Path | None = None) -> "Decoder":
         """A decoder that has read nothing, around weights that are shared.
 
         adapter: a folder of `minigpt.lora`; a newer file in it is seen.
         """
+        from minigpt.deeper.fast_decoding import Decoder
         if adapter is None:
             return copy(self._plain)
         key = adapter_key(adapter)
@@ -317,8 +319,10 @@ class Speaker(Conversation):
 
     def options(self) -> Options:
         """How the next answer is drawn; ValueError names a bad value."""
-        return Options(self.max_new_tokens, self.temperature, self.top_k,
-                       self.top_p, repetition_penalty=self.repetition_penalty)
+        return Options(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature,
+            top_k=self.top_k, top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty)
 
     def prompt(self, text: str, exchanges: Sequence | None = None
                ) -> list[int]:
@@ -343,9 +347,8 @@ class Speaker(Conversation):
 
     def drawing(self, room: int) -> Options:
         """`options` in full: for an answer of at most `room` tokens."""
-        penalty = RepetitionPenalty(self.repetition_penalty, prompt=False)
         return replace(
-            self.options(), repetition_penalty=1, processors=(penalty,),
+            self.options(),
             max_new_tokens=min(self.max_new_tokens or room, room),
             stop_ids=tuple(self.tokenizer.special_tokens.values()))
 

@@ -39,7 +39,7 @@ from .engine.stepper import Stepper
 from .engine.train_config import TrainConfig
 from .engine.trainer import TrainResult, train
 from .evaluation import score_chats, score_texts
-from .generation import Decoder, Generation, generate
+from .generation import Generation, generate
 from .gpt2 import GPT2
 from .training import evaluating
 
@@ -59,6 +59,7 @@ def reply_all(model: GPT2, renderer: ChatRenderer,
     Where the last message alone is too long it has no ids and "length", as
     answer_chats answers with "", and a warning counts such conversations.
     """
+    from minigpt.deeper.fast_decoding import Decoder
     room = model.config.block_size - max_new_tokens
     asked = [chat["messages"] if chat["messages"][-1]["role"] == "user"
              else chat["messages"][:-1] for chat in chats]

@@ -1001,7 +1001,8 @@ def read_prompt(rag: RAG, prompt: str) -> str | None:
     """What the model of a RAG says, see RAG.read."""
     from minigpt.engine.chat_format import ChatRenderer
     from minigpt.engine.hub import load_pair
-    from minigpt.generation import Decoder, generate
+    from minigpt.deeper.fast_decoding import Decoder
+    from minigpt.generation import generate
     if rag._decoder is None:
         rag._pair = load_pair(*rag._pair)
         rag._decoder = Decoder(rag._pair[0])

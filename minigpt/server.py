@@ -49,12 +49,15 @@ from torch import Tensor
 from . import __version__
 from .attention import set_attn_implementation
 from .bpe import BPETokenizer
+from .engine.cache import KVCache
 from .engine.chat_format import CHAT_TOKENS, ChatRenderer
 from .engine.hub import load_pair
 from .engine.kernels import for_inference, shallow_copy
-from .generation import (Generation, KVCache, Options,
-                                RepetitionPenalty, Sample, TextStream,
-                                as_prompts, check)
+from .engine.logits_processors import (FrequencyPenalty,
+                                              PresencePenalty)
+from .engine.prompts import as_prompts
+from .engine.streaming import TextStream
+from .generation import Options, Sampler, check
 from .gpt2 import GPT2, GPT2Config
 from .lora import adapted
 
@@ -191,7 +194,7 @@ class Piece:
 
 # %% ../nbs/11_server.ipynb #answer
 class Reply:
-    """One text that is being drawn: what Sample draws, as text.
+    """One text that is being drawn: what Sampler draws, as text.
 
     prompt: its ids; options: how to draw, with a seed; limit: the most
     tokens; stop: texts that end it; top: None, or how many of the likeliest
@@ -201,8 +204,8 @@ class Reply:
     def __init__(self, tokenizer: BPETokenizer, prompt: list[int],
                  options: Options, limit: int, stop: Sequence[str] = (),
                  top: int | None = None):
-        self.result, self.top = Generation(), top
-        self.sample = Sample([prompt], options, limit, [self.result])
+        self.sample, self.top = Sampler([prompt], options, limit), top
+        [self.result] = self.sample.results
         self.text, self.tokens = PushedText(tokenizer, stop), []
         self.next: int | None = None           # the token to be read next
 
@@ -212,13 +215,13 @@ class Reply:
 
     def draw(self, logits: Tensor) -> Piece:
         """Draw a token from logits (V,); what is new because of it."""
-        move = self.sample(logits[None, None])
-        text = "".join(self.text.push(token) for _, token in move.new)
+        drawn = self.sample(logits[None])
+        text = "".join(self.text.push(token) for _, token in drawn)
         reason = self.result.finish_reason
         if reason and not self.finish_reason:
             text += self.text.finish(reason)
-        self.next = move.feed[0][0] if move.feed else None
-        tokens = [self.note(logits, token) for _, token in move.new
+        self.next = self.sample.ids[0][-1] if self.sample.rows else None
+        tokens = [self.note(logits, token) for _, token in drawn
                   if self.top is not None]
         self.tokens += tokens
         return Piece(text, tokens, self.finish_reason)
@@ -709,14 +712,15 @@ def options_of(service: Service, body: Drawing) -> Options:
                        f"allows, {limits.max_tokens}", param="max_tokens")
     pick = lambda value, usual: usual if value is None else value
     temperature = pick(body.temperature, limits.temperature)
-    penalty = RepetitionPenalty(pick(body.repetition_penalty, 1), False)
+    rules = [rule(value) for rule, value in (
+        (PresencePenalty, body.presence_penalty),
+        (FrequencyPenalty, body.frequency_penalty)) if value]
     return Options(
-        most, temperature if temperature >= 1e-4 else 0, body.top_k,
-        pick(body.top_p, limits.top_p), body.min_p,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        stop_ids=service.specials,
-        processors=(penalty,) if penalty.penalty != 1 else ())
+        max_new_tokens=most, top_k=body.top_k, min_p=body.min_p,
+        temperature=temperature if temperature >= 1e-4 else 0,
+        top_p=pick(body.top_p, limits.top_p), processors=rules,
+        repetition_penalty=pick(body.repetition_penalty, 1),
+        stop_ids=service.specials)
 
 # %% ../nbs/11_server.ipynb #encode
 def encode(service: Service, text: str) -> list[int]:

@@ -34,7 +34,7 @@ from .chat import (ChatSession, as_messages, parse_transcript,
                           transcript)
 from .engine.vote_ui import BUTTONS, vote_tab
 from .evaluation import Ballot, Match, Votes, rate
-from .generation import apply, chain
+from .generation import process
 
 # %% ../nbs/12_ui.ipynb #bubble
 SIDES = {"user": "margin-left:18%;background:rgba(33,130,240,.22)",
@@ -90,7 +90,7 @@ def chances(logits: torch.Tensor, ids: list[int], step: int,
     ids: all that was read, its last `step` tokens drawn.
     """
     options = session.drawing(1)
-    logits = apply(chain(options), [ids], logits, step)[0]
+    logits = process(options.chain(), [ids], logits, step)[0]
     if options.temperature:
         return logits.softmax(-1)
     return (logits == logits.max()).float()

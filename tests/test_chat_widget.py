@@ -12,7 +12,7 @@ from browsers import BROWSER, contrast, jupyter_lab, launch, run_all_cells
 from minigpt import ui
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import ChatSession, read_messages, transcript
-from minigpt.generation import generate_options
+from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
 
 CELLS = ["""
@@ -294,7 +294,7 @@ def test_the_shown_chances_are_those_of_drawing(small, settings, ledger):
     if settings["repetition_penalty"] == 1:
         from dataclasses import replace
         once = replace(session.drawing(1), seed=0, stop_ids=())
-        draws = generate_options(small[0], [session.last.prompt_ids + said[:place]] * 500, once)
+        draws = generate(small[0], [session.last.prompt_ids + said[:place]] * 500, once)
         for token, _, chance in rows[:3]:
             share = sum(d.ids == [token] for d in draws) / 500
             assert abs(share - chance) < 5 * (chance * (1 - chance) / 500) ** 0.5 + 1e-9

@@ -8,6 +8,11 @@ import torch
 import torch.nn as nn
 
 from minigpt import generation as g
+from minigpt.deeper.beam_search import beam_search, contrastive_search
+from minigpt.deeper.fast_decoding import Decoder
+from minigpt.deeper.speculative import NGramDraft, speculate
+from minigpt.engine.logits_processors import BannedTokens, BannedWords, ForcedTokens, FrequencyPenalty, NoRepeatNGram, PresencePenalty, Typical
+from minigpt.engine.streaming import StopStrings, TextStream, generate_text, stream_text
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats
@@ -55,7 +60,7 @@ def prompts(tokenizer):
 def tiny(seed=0, spread=6.0, **changes):
     """A small random model whose next-token distributions are far from flat."""
     torch.manual_seed(seed)
-    shape = dict(vocab_size=50, block_size=32, n_layer=2, n_head=2, n_embd=16, bos_token_id=0, eos_token_id=0) | changes
+    shape = dict(vocab_size=50, block_size=32, n_layer=2, n_head=2, n_embd=16, bos_token_id=0, eos_token_id=None) | changes
     model = GPT2(GPT2Config(**shape)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -104,17 +109,17 @@ def pairs():
         (g.TopP(0.1), t.TopPLogitsWarper(0.1)), (g.TopP(0.9), t.TopPLogitsWarper(0.9)),
         (g.TopP(0.999), t.TopPLogitsWarper(0.999)), (g.TopP(1.0), t.TopPLogitsWarper(1.0)),
         (g.MinP(0.05), t.MinPLogitsWarper(0.05)), (g.MinP(1.0), t.MinPLogitsWarper(1.0)),
-        (g.Typical(0.2), t.TypicalLogitsWarper(0.2)), (g.Typical(0.95), t.TypicalLogitsWarper(0.95)),
-        (g.RepetitionPenalty(1.3), t.RepetitionPenaltyLogitsProcessor(1.3)),
-        (g.RepetitionPenalty(0.8), t.RepetitionPenaltyLogitsProcessor(0.8)),
-        (g.RepetitionPenalty(1.3, prompt=False),
+        (Typical(0.2), t.TypicalLogitsWarper(0.2)), (Typical(0.95), t.TypicalLogitsWarper(0.95)),
+        (g.RepetitionPenalty(1.3, prompt=True), t.RepetitionPenaltyLogitsProcessor(1.3)),
+        (g.RepetitionPenalty(0.8, True), t.RepetitionPenaltyLogitsProcessor(0.8)),
+        (g.RepetitionPenalty(1.3),
          t.RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=18)),
-        (g.NoRepeatNGram(1), t.NoRepeatNGramLogitsProcessor(1)),
-        (g.NoRepeatNGram(2), t.NoRepeatNGramLogitsProcessor(2)),
-        (g.NoRepeatNGram(3), t.NoRepeatNGramLogitsProcessor(3)),
-        (g.NoRepeatNGram(40), t.NoRepeatNGramLogitsProcessor(40)),
-        (g.BannedTokens([1, 5, 5]), t.SuppressTokensLogitsProcessor([1, 5], device="cpu")),
-        (g.BannedWords(bad), t.NoBadWordsLogitsProcessor(bad, eos_token_id=2)),
+        (NoRepeatNGram(1), t.NoRepeatNGramLogitsProcessor(1)),
+        (NoRepeatNGram(2), t.NoRepeatNGramLogitsProcessor(2)),
+        (NoRepeatNGram(3), t.NoRepeatNGramLogitsProcessor(3)),
+        (NoRepeatNGram(40), t.NoRepeatNGramLogitsProcessor(40)),
+        (BannedTokens([1, 5, 5]), t.SuppressTokensLogitsProcessor([1, 5], device="cpu")),
+        (BannedWords(bad), t.NoBadWordsLogitsProcessor(bad, eos_token_id=2)),
     ]
 
 
@@ -139,11 +144,11 @@ def test_processor_equals_transformers(case, ledger):
 def test_forced_tokens_equal_transformers():
     logits, ids = torch.randn(3, 20), torch.randint(0, 20, (3, 1))
     bos = transformers.ForcedBOSTokenLogitsProcessor(7)
-    assert torch.equal(g.ForcedTokens([7])(ids.tolist(), logits, 0), bos(ids, logits.clone()))
+    assert torch.equal(ForcedTokens([7])(ids.tolist(), logits, 0), bos(ids, logits.clone()))
     eos = transformers.ForcedEOSTokenLogitsProcessor(6, 9)
     longer = torch.randint(0, 20, (3, 5))
-    assert torch.equal(g.ForcedTokens([0, 1, 2, 3, 9])(longer.tolist(), logits, 4), eos(longer, logits.clone()))
-    assert torch.equal(g.ForcedTokens([7])(longer.tolist(), logits, 1), logits)
+    assert torch.equal(ForcedTokens([0, 1, 2, 3, 9])(longer.tolist(), logits, 4), eos(longer, logits.clone()))
+    assert torch.equal(ForcedTokens([7])(longer.tolist(), logits, 1), logits)
 
 
 def test_presence_and_frequency_by_hand():
@@ -157,7 +162,7 @@ def test_presence_and_frequency_by_hand():
                 want[b, token] -= 0.3
             for token in set(row[len(row) - step:]):
                 want[b, token] -= 0.9
-        got = g.PresencePenalty(0.9)(ids, g.FrequencyPenalty(0.3)(ids, logits, step), step)
+        got = PresencePenalty(0.9)(ids, FrequencyPenalty(0.3)(ids, logits, step), step)
         assert torch.allclose(got, want, atol=1e-5)
 
 
@@ -166,17 +171,18 @@ def test_order_equals_transformers_chain(hf, model, prompts):
     out = hf_generate(hf, prompts[0], do_sample=True, max_new_tokens=3, temperature=0.8, top_k=60, top_p=0.9, min_p=0.01,
                       typical_p=0.9, repetition_penalty=1.2, no_repeat_ngram_size=2, bad_words_ids=[[30], [11, 12]],
                       output_scores=True, output_logits=True)
-    options = g.Options(temperature=0.8, top_k=60, top_p=0.9, min_p=0.01, typical_p=0.9, repetition_penalty=1.2,
-                        no_repeat_ngram_size=2, banned_words=[[30], [11, 12]])
+    rules = [Typical(0.9), g.RepetitionPenalty(1.2, prompt=True), NoRepeatNGram(2), BannedWords([[30], [11, 12]])]
+    options = g.Options(temperature=0.8, top_k=60, top_p=0.9, min_p=0.01, processors=rules)
     for step, (raw, want) in enumerate(zip(out.logits, out.scores)):
         ids = [out.sequences[0, :len(prompts[0]) + step].tolist()]
-        got = g.apply(g.chain(options), ids, raw, step)
+        got = g.process(options.chain(), ids, raw, step)
         assert torch.equal(got == -INF, want == -INF)
         assert torch.allclose(got[got > -INF], want[want > -INF], atol=1e-4)
 
 
 def test_greedy_ignores_what_only_sampling_needs():
-    names = [type(p).__name__ for p in g.chain(g.Options(temperature=0, top_k=5, top_p=0.5, repetition_penalty=1.1))]
+    names = [type(p).__name__ for p in g.Options(
+        temperature=0, top_k=5, top_p=0.5, repetition_penalty=1.1, processors=[Typical(0.5)]).chain()]
     assert names == ["RepetitionPenalty"]
 
 
@@ -204,7 +210,7 @@ def test_decoder_equals_forward(weights, change, ledger):
         model.blocks[0].attn.c_attn = Doubled(model.blocks[0].attn.c_attn)
     if change == "hook":
         model.blocks[2].mlp.c_proj.register_forward_hook(lambda module, args, out: out * 0.5)
-    decoder, worst = g.Decoder(model, weights), 0.0
+    decoder, worst = Decoder(model, weights), 0.0
     rows = [[3, 1, 4, 1, 5], [9, 2], [6]]
     with torch.no_grad():
         got = decoder.start(rows, room=8)[:, 0]
@@ -218,7 +224,7 @@ def test_decoder_equals_forward(weights, change, ledger):
 
 
 def test_decoder_of_the_shipped_model(model, prompts, ledger):
-    worst, decoder = 0.0, g.Decoder(model)
+    worst, decoder = 0.0, Decoder(model)
     with torch.no_grad():
         for ids in prompts[:8:2]:
             decoder.start([ids[:-2]], 2)
@@ -231,8 +237,8 @@ def test_decoder_of_the_shipped_model(model, prompts, ledger):
 def test_bfloat16_and_int8_stay_near():
     model = tiny(n_embd=64, vocab_size=90)
     want = model(torch.tensor([[3, 1, 4, 1]]))[0, -1]
-    half = g.Decoder(copy.deepcopy(model).bfloat16()).start([[3, 1, 4, 1]])[0, -1].float()
-    int8 = g.Decoder(model, "int8").start([[3, 1, 4, 1]])[0, -1]
+    half = Decoder(copy.deepcopy(model).bfloat16()).start([[3, 1, 4, 1]])[0, -1].float()
+    int8 = Decoder(model, "int8").start([[3, 1, 4, 1]])[0, -1]
     for got, bound in ((half, 0.03), (int8, 0.06)):
         assert 0 < (got - want).norm() / want.norm() < bound
 
@@ -240,7 +246,7 @@ def test_bfloat16_and_int8_stay_near():
 def test_int8_weights_of_a_bfloat16_model():
     model = tiny(n_embd=64, vocab_size=90)
     want = model(torch.tensor([[3, 1, 4, 1]]))[0, -1]
-    decoder = g.Decoder(copy.deepcopy(model).bfloat16(), "int8")
+    decoder = Decoder(copy.deepcopy(model).bfloat16(), "int8")
     decoder.start([[3, 1]])
     got = decoder.feed([[4, 1]])[0, -1]
     assert got.dtype == torch.bfloat16 and 0 < (got.float() - want).norm() / want.norm() < 0.08
@@ -248,7 +254,7 @@ def test_int8_weights_of_a_bfloat16_model():
 
 def test_live_weights_are_live_and_fast_ones_a_snapshot():
     model = tiny()
-    live, fast = g.Decoder(model, "live"), g.Decoder(model, "fast")
+    live, fast = Decoder(model, "live"), Decoder(model, "fast")
     before = [d.start([[1, 2]])[0, 0].clone() for d in (live, fast)]
     with torch.no_grad():
         model.blocks[0].mlp.c_fc.weight.mul_(2)
@@ -260,7 +266,7 @@ def test_live_weights_are_live_and_fast_ones_a_snapshot():
 
 def test_live_weights_keep_no_columns_of_old_ones():
     model = tiny()
-    decoder = g.Decoder(model, "live")
+    decoder = Decoder(model, "live")
     decoder.start([[1, 2, 3]])
     with torch.no_grad():
         model.blocks[0].mlp.c_fc.weight.mul_(2)
@@ -271,7 +277,7 @@ def test_live_weights_keep_no_columns_of_old_ones():
 def test_a_padded_row_is_not_gone_on_from():
     """A batch that shrank to its shorter prompt, in a cache as long as the context."""
     model = tiny()
-    decoder = g.Decoder(model)
+    decoder = Decoder(model)
     decoder.start([[1, 2, 3, 4, 5], [6, 7]], room=32)
     decoder.feed([[8]], rows=[1])
     got = decoder.start([[6, 7, 8, 9]])[0, 0]
@@ -281,7 +287,7 @@ def test_a_padded_row_is_not_gone_on_from():
 @pytest.mark.parametrize("rows, shared", [([0, 1, 2, 3], 0), ([3, 3, 1, 0], 2), ([1, 0], 0), ([2, 2, 2, 2, 0, 1], 0)])
 def test_cache_rows_follow(rows, shared):
     model = tiny()
-    decoder = g.Decoder(model)
+    decoder = Decoder(model)
     common = [5, 6][:shared]
     texts = [common + [i, i + 1, i + 2][:3] for i in range(4)]
     decoder.start(texts, room=4)
@@ -294,7 +300,7 @@ def test_cache_rows_follow(rows, shared):
 def test_conversation_reads_only_what_is_new():
     model, reads = tiny(), []
     model.blocks[0].attn.c_attn.register_forward_hook(lambda module, args, out: reads.append(args[0].shape[1]))
-    decoder = g.Decoder(model)
+    decoder = Decoder(model)
     first = g.generate(model, [1, 2, 3, 4], max_new_tokens=3, temperature=0, decoder=decoder)
     reads.clear()
     follow_up = [1, 2, 3, 4, *first.ids, 9, 8]
@@ -311,7 +317,7 @@ def test_conversation_reads_only_what_is_new():
 
 def test_reuse_after_an_abandoned_stream():
     model = tiny()
-    decoder = g.Decoder(model)
+    decoder = Decoder(model)
     tokens = g.stream(model, [1, 2, 3], temperature=0, max_new_tokens=8, decoder=decoder)
     next(tokens), next(tokens)
     tokens.pairs.close()
@@ -351,7 +357,7 @@ def test_logprobs_equal_transformers(model, hf, prompts):
 
 def test_draws_follow_the_distribution():
     model, counts = tiny(vocab_size=6, spread=8.0), torch.zeros(6)
-    p = g.apply(g.chain(g.Options(temperature=1.5, top_k=4)), [[1]], model(torch.tensor([[1]]))[:, -1].detach(), 0)
+    p = g.process(g.Options(temperature=1.5, top_k=4).chain(), [[1]], model(torch.tensor([[1]]))[:, -1].detach(), 0)
     p = p.softmax(-1)[0]
     for text in g.generate(model, [[1]] * 3000, temperature=1.5, top_k=4, max_new_tokens=1, seed=0):
         counts[text.ids[0]] += 1
@@ -377,7 +383,7 @@ def test_pick_never_takes_a_forbidden_token():
     with pytest.raises(ValueError, match="no token is left"):
         g.pick(torch.full((1, 5), -INF), [Edge(0.3)])
     with pytest.raises(ValueError, match="no token is left"):
-        g.generate(tiny(), [1], temperature=0, banned_ids=range(50), max_new_tokens=5)
+        g.generate(tiny(), [1], temperature=0, processors=[BannedTokens(range(50))], max_new_tokens=5)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.95}])
@@ -404,7 +410,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 def test_finished_rows_leave_the_batch():
     model, sizes = tiny(), []
-    decoder = g.Decoder(model, "live")
+    decoder = Decoder(model, "live")
     model.blocks[0].attn.c_attn.register_forward_hook(lambda module, args, out: sizes.append(args[0].shape[0]))
     texts = g.generate(model, [[i] for i in range(8)], temperature=2.0, seed=1, max_new_tokens=20,
                        stop_ids=range(0, 50, 5), decoder=decoder)
@@ -437,9 +443,9 @@ def test_stream_is_generate(model, prompts):
 def test_rows_leave_at_their_stop_string(model, tokenizer, prompts):
     """Each row of a batch ends with the token that completes a stop string, wherever its bytes lie in the tokens."""
     stops = [" the", "a s", "."]
-    whole = g.generate(model, prompts[1:24:2], temperature=0, max_new_tokens=16)
-    texts = g.generate(model, prompts[1:24:2], temperature=0, max_new_tokens=16,
-                       stop_when=g.StopStrings(tokenizer, stops))
+    whole = g.generate(model, prompts[1:24:2], temperature=0, max_new_tokens=16, stop_ids=())
+    texts = g.generate(model, prompts[1:24:2], temperature=0, max_new_tokens=16, stop_ids=(),
+                       stop_when=StopStrings(tokenizer, stops))
     ended = 0
     for text, full in zip(texts, whole):
         ends = [n for n in range(17) if any(stop in tokenizer.decode(full.ids[:n]) for stop in stops)]
@@ -447,8 +453,8 @@ def test_rows_leave_at_their_stop_string(model, tokenizer, prompts):
         assert text.finish_reason == ("stop" if ends else "length")
         ended += bool(ends)
     assert 3 < ended and len({len(text.ids) for text in texts}) > 3
-    for other in (g.speculate(model, g.NGramDraft(), prompts[1], g.Options(16, 0, stop_when=g.StopStrings(tokenizer, stops))),
-                  g.contrastive_search(model, prompts[1], g.Options(16, stop_when=g.StopStrings(tokenizer, stops)),
+    for other in (speculate(model, NGramDraft(), prompts[1], g.Options(max_new_tokens=16, temperature=0, stop_ids=(), stop_when=StopStrings(tokenizer, stops))),
+                  contrastive_search(model, prompts[1], g.Options(max_new_tokens=16, stop_ids=(), stop_when=StopStrings(tokenizer, stops)),
                                        penalty_alpha=0)):
         assert list(other) == texts[0].ids and other.finish_reason == texts[0].finish_reason
 
@@ -458,24 +464,24 @@ def test_stop_strings_in_any_text(tokenizer):
     for _ in range(200):
         ids = tokenizer.encode_ordinary("".join(rng.choices(alphabet, k=rng.randrange(1, 12))))
         stops = ["".join(rng.choices(alphabet, k=rng.randrange(1, 4))) for _ in range(rng.randrange(1, 3))]
-        ended = g.StopStrings(tokenizer, stops)
+        ended = StopStrings(tokenizer, stops)
         texts = [tokenizer.decode_bytes(ids[:n]) for n in range(len(ids) + 1)]
         first = next((n for n, text in enumerate(texts) if any(s.encode() in text for s in stops)), None)
         assert next((n for n in range(len(ids) + 1) if ended(ids[:n])), None) == first
     with pytest.raises(ValueError, match="strings=''"):
-        g.StopStrings(tokenizer, "")
+        StopStrings(tokenizer, "")
 
 
 def test_penalties_and_bans_hold_in_the_loop():
     model, ids = tiny(), [1, 2, 3]
-    new = g.generate(model, ids, max_new_tokens=25, no_repeat_ngram_size=2, temperature=0).ids
+    new = g.generate(model, ids, max_new_tokens=25, processors=[NoRepeatNGram(2)], temperature=0).ids
     grams = list(zip(ids + new, (ids + new)[1:]))
     assert len(set(grams)) == len(grams)
     greedy = g.generate(model, ids, max_new_tokens=25, temperature=0).ids
-    banned = g.generate(model, ids, max_new_tokens=25, temperature=0, banned_ids=greedy).ids
+    banned = g.generate(model, ids, max_new_tokens=25, temperature=0, processors=[BannedTokens(greedy)]).ids
     assert not set(banned) & set(greedy)
-    assert g.generate(model, ids, max_new_tokens=5, forced_ids=[4, 4], seed=0).ids[:2] == [4, 4]
-    unlike = g.generate(model, ids, max_new_tokens=25, temperature=0, presence_penalty=1e4).ids
+    assert g.generate(model, ids, max_new_tokens=5, processors=[ForcedTokens([4, 4])], seed=0).ids[:2] == [4, 4]
+    unlike = g.generate(model, ids, max_new_tokens=25, temperature=0, processors=[PresencePenalty(1e4)]).ids
     assert len(set(unlike)) == 25
 
 
@@ -519,7 +525,7 @@ def test_pieces_of_any_text_and_any_stop_string(tokenizer):
     for _ in range(300):
         text = "".join(rng.choices(alphabet, k=rng.randrange(1, 14)))
         stops = ["".join(rng.choices(alphabet, k=rng.randrange(1, 4))) for _ in range(rng.randrange(3))]
-        pieces = g.TextStream(tokenizer, iter(tokenizer.encode_ordinary(text)), stops)
+        pieces = TextStream(tokenizer, iter(tokenizer.encode_ordinary(text)), stops)
         shown = ""
         for piece in pieces:
             shown += piece
@@ -532,13 +538,13 @@ def test_pieces_of_any_text_and_any_stop_string(tokenizer):
 
 def test_half_a_character_at_the_end_is_dropped(tokenizer):
     ids = tokenizer.encode_ordinary("ok 😀")
-    pieces = g.TextStream(tokenizer, iter(ids[:-1]))
+    pieces = TextStream(tokenizer, iter(ids[:-1]))
     assert "".join(pieces) == "ok "
 
 
 def test_cancel_from_another_thread(model, tokenizer, prompts):
     event, said = threading.Event(), []
-    pieces = g.stream_text(model, tokenizer, prompts[0], g.Options(max_new_tokens=400, seed=0), cancel=event)
+    pieces = stream_text(model, tokenizer, prompts[0], g.Options(max_new_tokens=400, seed=0), cancel=event)
 
     def read():
         for piece in pieces:
@@ -557,9 +563,9 @@ def test_cancel_from_another_thread(model, tokenizer, prompts):
 
 def test_stop_strings_end_a_drawn_text(model, tokenizer):
     options = g.Options(temperature=0, max_new_tokens=40)
-    full = g.generate_text(model, tokenizer, "One day a dog", options)
+    full = generate_text(model, tokenizer, "One day a dog", options)
     stop = full[7:10]
-    assert g.generate_text(model, tokenizer, "One day a dog", options, stop=[stop]) == full[:full.index(stop)]
+    assert generate_text(model, tokenizer, "One day a dog", options, stop=[stop]) == full[:full.index(stop)]
 
 
 # ------------------------------------------------------------------ bad input
@@ -567,10 +573,8 @@ def test_stop_strings_end_a_drawn_text(model, tokenizer):
 @pytest.mark.parametrize("options, message", [
     ({"temperature": -0.1}, "temperature=-0.1 must be 0"), ({"temperature": float("nan")}, "temperature=nan"),
     ({"top_p": 0}, "top_p=0 must"), ({"top_p": 1.01}, "top_p=1.01 must"), ({"top_k": 0}, "top_k=0 must"),
-    ({"min_p": -1}, "min_p=-1"), ({"typical_p": 2}, "typical_p=2"), ({"repetition_penalty": 0}, "repetition_penalty=0"),
-    ({"no_repeat_ngram_size": 0}, "no_repeat_ngram_size=0"), ({"max_new_tokens": 0}, "max_new_tokens=0"),
-    ({"overflow": "wrap"}, "overflow='wrap'"), ({"banned_words": [[]]}, "banned_words"),
-    ({"frequency_penalty": float("inf")}, "frequency_penalty=inf"), ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+    ({"min_p": -1}, "min_p=-1"), ({"repetition_penalty": 0}, "repetition_penalty=0"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"overflow": "wrap"}, "overflow='wrap'"), ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
     ({"top_p": 2, "temperature": 0}, "top_p=2")])
 def test_bad_options(options, message):
     with pytest.raises(ValueError) as error:
@@ -578,30 +582,122 @@ def test_bad_options(options, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind, value, message", [
+    (Typical, 2, "typical_p=2"), (NoRepeatNGram, 0, "no_repeat_ngram_size=0"), (BannedWords, [[]], "banned_words"),
+    (FrequencyPenalty, float("inf"), "frequency_penalty=inf"), (g.TopK, 0, "top_k=0"), (g.RepetitionPenalty, 0, "repetition_penalty=0")])
+def test_bad_processors(kind, value, message):
+    with pytest.raises(ValueError) as error:
+        kind(value)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_options_that_there_are_not():
+    model = tiny()
+    for call in (g.generate, g.stream):
+        with pytest.raises(TypeError, match="there is no option 'typical_p', there are max_new_tokens, .*processors"):
+            call(model, [1], typical_p=0.9)
+        with pytest.raises(TypeError, match="options=5 must be an Options: give single settings by name"):
+            call(model, [1], 5)
+        with pytest.raises(TypeError, match="multiple values for argument 'options'"):
+            call(model, [1], g.Options(), options=g.Options())
+        with pytest.raises(TypeError, match="positional"):
+            call(model, [1], g.Options(), g.Options())
+    with pytest.raises(TypeError, match="positional"):
+        g.Options(12)
+
+
+def test_settings_change_an_options_value():
+    model, options = tiny(), g.Options(max_new_tokens=9, temperature=0.7, seed=4)
+    assert g.generate(model, [1], options) == g.generate(model, [1], max_new_tokens=9, temperature=0.7, seed=4)
+    assert g.generate(model, [1], options, seed=5) == g.generate(model, [1], max_new_tokens=9, temperature=0.7, seed=5)
+    assert options.seed == 4
+
+
+# ------------------------------------------------------------------ stages, the end of a text, broken logits
+
+def test_processors_are_sorted_by_their_stage():
+    class Warp:
+        stage = "warp"
+
+        def __call__(self, ids, logits, step):
+            return logits
+
+    def plain(ids, logits, step):
+        return logits
+
+    given = [Warp(), ForcedTokens([1]), plain, BannedTokens([1]), PresencePenalty(1)]
+    made = g.Options(temperature=0.5, top_p=0.9, repetition_penalty=1.2, processors=given).chain()
+    assert [getattr(p, "__name__", type(p).__name__) for p in made] == [
+        "RepetitionPenalty", "PresencePenalty", "BannedTokens", "plain", "ForcedTokens", "Temperature", "TopP", "Warp"]
+    Warp.stage = "last"
+    with pytest.raises(ValueError, match="stage='last' must be one of penalty, ban, custom, force, warp"):
+        g.Options(processors=given)
+
+
+def test_a_text_ends_at_the_models_own_end_token():
+    """As in transformers: unless stop_ids names others, or none."""
+    end = 7
+    model, free = tiny(eos_token_id=end), tiny()
+    ended = 0
+    for first in range(12):
+        whole = g.generate(free, [first], max_new_tokens=20, temperature=1.5, seed=first)
+        got = g.generate(model, [first], max_new_tokens=20, temperature=1.5, seed=first)
+        cut = whole.ids.index(end) if end in whole.ids else 20
+        assert got.ids == whole.ids[:cut] and got.finish_reason == ("stop" if cut < 20 else "length")
+        assert list(g.stream(model, [first], max_new_tokens=20, temperature=1.5, seed=first)) == got.ids
+        assert g.generate(model, [first], max_new_tokens=20, temperature=1.5, seed=first, stop_ids=()).ids == whole.ids
+        ended += cut < 20
+    assert 0 < ended < 12
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 3, "top_p": 0.5}, {"processors": [ForcedTokens([3])]}])
+def test_broken_logits_are_an_error(bad, options):
+    model = tiny()
+    with torch.no_grad():
+        model.ln_f.bias[3] = bad
+    with pytest.raises(ValueError, match="the logits hold NaN or infinity"):
+        g.generate(model, [1, 2], max_new_tokens=3, **options)
+    for call in (lambda logits: g.pick(logits, [random.Random(0)]), g.pick_best):
+        with pytest.raises(ValueError, match="the logits hold NaN or infinity"):
+            call(torch.tensor([[0.0, bad, 1.0]]))
+
+
+def test_the_penalty_counts_new_tokens_unless_told():
+    """The prompt's words may come again; by hand, over the loop's own logits."""
+    model, prompt, new = tiny(), [1, 2, 3], []
+    for _ in range(10):
+        logits = model(torch.tensor([prompt + new]))[0, -1].detach()
+        for token in set(new):
+            logits[token] = logits[token] * 1.8 if logits[token] < 0 else logits[token] / 1.8
+        new.append(int(logits.argmax()))
+    assert g.generate(model, prompt, max_new_tokens=10, temperature=0, repetition_penalty=1.8).ids == new
+
+
 @pytest.mark.parametrize("ids, message", [
     ([], "the prompt is empty"), ([[1], []], "the prompt is empty"), ([50], "token id 50 is out of range"),
     ([3, -1], "token id -1 is out of range"), (torch.empty(0, dtype=torch.long), "the prompt is empty")])
 def test_bad_prompts(ids, message):
-    for call in (g.generate, g.beam_search):
+    for call in (g.generate, beam_search):
         with pytest.raises(ValueError, match=message):
             call(tiny(), ids)
 
 
 def test_other_bad_calls(tokenizer):
     model = tiny()
-    with pytest.raises(ValueError, match="stream takes one prompt and got 2"):
+    with pytest.raises(ValueError, match="2 prompts were given where only one is taken"):
         g.stream(model, [[1], [2]])
     with pytest.raises(ValueError, match="weights='slow'"):
-        g.Decoder(model, "slow")
+        Decoder(model, "slow")
     with pytest.raises(ValueError, match="stop_strings"):
-        g.TextStream(tokenizer, iter([]), "ab")
+        TextStream(tokenizer, iter([]), "ab")
     with pytest.raises(ValueError, match="stop_strings"):
-        g.TextStream(tokenizer, iter([]), ["a", ""])
+        TextStream(tokenizer, iter([]), ["a", ""])
     with pytest.raises(ValueError, match="prompt=''"):
-        g.generate_text(model, tokenizer, "")
+        generate_text(model, tokenizer, "")
     with pytest.raises(ValueError, match="num_return=5"):
-        g.beam_search(model, [1], num_beams=4, num_return=5)
+        beam_search(model, [1], num_beams=4, num_return=5)
     with pytest.raises(ValueError, match="vocab_size"):
-        g.speculate(model, tiny(vocab_size=40), [1])
+        speculate(model, tiny(vocab_size=40), [1])
     with pytest.raises(ValueError, match="top_k=0"):
-        g.contrastive_search(model, [1], top_k=0)
+        contrastive_search(model, [1], top_k=0)

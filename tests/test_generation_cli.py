@@ -10,7 +10,9 @@ from command_line import minigpt
 
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine import generate_files
-from minigpt.generation import Decoder, Generation, beam_search, generate
+from minigpt.deeper.beam_search import beam_search
+from minigpt.deeper.fast_decoding import Decoder
+from minigpt.generation import Generation, generate
 from minigpt.gpt2 import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent

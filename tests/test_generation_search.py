@@ -3,12 +3,18 @@ import itertools
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minigpt import generation as g
+from minigpt.deeper.beam_search import beam_search, contrastive_search
+from minigpt.deeper.constrained import RegexConstraint, choice_constraint, derive, may_end, parse_regex
+from minigpt.deeper.fast_decoding import Decoder
+from minigpt.engine.logits_processors import BannedTokens
+from minigpt.deeper.speculative import ModelDraft, NGramDraft, judge, speculate
 from minigpt.deeper.hooks import trace
 from test_generation import (as_hf, hf, hf_batch, hf_generate, model, new_tokens, prompts, tiny,  # noqa: F401
                              tokenizer)
@@ -22,11 +28,11 @@ def same_beams(ours, out, prompt, stop, rows=slice(None)):
 
 
 def test_beams_equal_transformers_on_50_prompts(model, hf, prompts, ledger):  # noqa: F811
-    decoder, stop, wrong, worst = g.Decoder(model), (0, 1, 2), 0, 0.0
+    decoder, stop, wrong, worst = Decoder(model), (0, 1, 2), 0, 0.0
     out, longest = hf_batch(hf, prompts, num_beams=4, num_return_sequences=2, max_new_tokens=8, eos_token_id=list(stop),
                             output_scores=True)
     for i, ids in enumerate(prompts):
-        ours = g.beam_search(model, ids, num_beams=4, num_return=2, max_new_tokens=8, stop_ids=stop, decoder=decoder)
+        ours = beam_search(model, ids, num_beams=4, num_return=2, max_new_tokens=8, stop_ids=stop, decoder=decoder)
         same, off = same_beams(ours, out, longest, stop, slice(2 * i, 2 * i + 2))
         wrong, worst = wrong + (not same), max(worst, off)
     ledger("beam search, 50 prompts, 4 beams, 2 results, 8 tokens: prompts with other tokens", wrong, peer="transformers", bound=0)
@@ -46,8 +52,8 @@ def test_beam_settings_equal_transformers(seed, tmp_path):
         out = hf_generate(hf, prompt, num_beams=3, num_return_sequences=3, max_new_tokens=7, length_penalty=power,
                           early_stopping=early, eos_token_id=list(stop) or None, repetition_penalty=penalty,
                           output_scores=True)
-        ours = g.beam_search(model, prompt, num_beams=3, num_return=3, max_new_tokens=7, length_penalty=power,
-                             early_stopping=early, stop_ids=stop, options=g.Options(repetition_penalty=penalty))
+        ours = beam_search(model, prompt, num_beams=3, num_return=3, max_new_tokens=7, length_penalty=power,
+                             early_stopping=early, stop_ids=stop, options=g.Options(processors=[g.RepetitionPenalty(penalty, prompt=True)]))
         same, off = same_beams(ours, out, prompt, stop)
         assert same, (power, early, stop, penalty)
         assert off <= 1e-5 * max(1.0, abs(ours[-1].score))
@@ -95,7 +101,7 @@ def test_diverse_beams_equal_a_slow_version(beams, groups, diversity, stop, ledg
     for seed in range(3):
         model = tiny(seed, vocab_size=12, spread=3.0)  # noqa: F811
         want = slow_beams(model, [1, 2], beams, groups, diversity, 1.0, stop, 6)
-        got = g.beam_search(model, [1, 2], num_beams=beams, num_return=beams, num_beam_groups=groups, stop_ids=stop,
+        got = beam_search(model, [1, 2], num_beams=beams, num_return=beams, num_beam_groups=groups, stop_ids=stop,
                             diversity_penalty=diversity, max_new_tokens=6)
         assert [[t for t in text if t not in stop] for _, text in want[:len(got)]] == [text.ids for text in got]
         worst = max(worst, max(abs(a - b.score) for (a, _), b in zip(want, got)))
@@ -105,11 +111,11 @@ def test_diverse_beams_equal_a_slow_version(beams, groups, diversity, stop, ledg
 
 def test_beams_of_several_prompts_and_with_constraints(tokenizer):  # noqa: F811
     model = tiny()  # noqa: F811
-    both = g.beam_search(model, [[1, 2], [3]], max_new_tokens=5)
-    assert both == [g.beam_search(model, row, max_new_tokens=5) for row in ([1, 2], [3])]
-    banned = g.beam_search(model, [1], max_new_tokens=5, num_return=4, options=g.Options(banned_ids=range(40)))
+    both = beam_search(model, [[1, 2], [3]], max_new_tokens=5)
+    assert both == [beam_search(model, row, max_new_tokens=5) for row in ([1, 2], [3])]
+    banned = beam_search(model, [1], max_new_tokens=5, num_return=4, options=g.Options(processors=[BannedTokens(range(40))]))
     assert all(token >= 40 for text in banned for token in text.ids)
-    few = g.beam_search(model, [1], num_beams=4, num_return=4, max_new_tokens=2, options=g.Options(banned_ids=range(2, 50)))
+    few = beam_search(model, [1], num_beams=4, num_return=4, max_new_tokens=2, options=g.Options(processors=[BannedTokens(range(2, 50))]))
     assert sorted(text.ids for text in few) == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
@@ -136,7 +142,7 @@ def test_contrastive_search_equals_a_slow_version(k, alpha):
     """transformers has moved its own out of the package."""
     for seed in range(3):
         model = tiny(seed, spread=2.0)  # noqa: F811
-        got = list(g.contrastive_search(model, [1, 2, 3], g.Options(8), top_k=k, penalty_alpha=alpha))
+        got = list(contrastive_search(model, [1, 2, 3], g.Options(max_new_tokens=8), top_k=k, penalty_alpha=alpha))
         assert got == slow_contrastive(model, [1, 2, 3], k, alpha, 8)
 
 
@@ -145,21 +151,21 @@ def test_contrastive_search_never_takes_what_is_forbidden():
     allowed = (7, 8, 9)
     for seed in range(3):
         model = tiny(seed, spread=2.0)  # noqa: F811
-        options = g.Options(12, banned_ids=[i for i in range(50) if i not in allowed])
-        drawn = g.contrastive_search(model, [1, 2, 3], options, top_k=8, penalty_alpha=0.95)
+        options = g.Options(max_new_tokens=12, processors=[BannedTokens([i for i in range(50) if i not in allowed])])
+        drawn = contrastive_search(model, [1, 2, 3], options, top_k=8, penalty_alpha=0.95)
         assert set(drawn) <= set(allowed) and len(drawn.result.ids) == 12
     with pytest.raises(ValueError, match="no token is left"):
-        list(g.contrastive_search(model, [1], g.Options(3, banned_ids=range(50))))
+        list(contrastive_search(model, [1], g.Options(max_new_tokens=3, processors=[BannedTokens(range(50))])))
     with pytest.raises(ValueError, match="no token is left"):
-        g.beam_search(model, [1], max_new_tokens=3, options=g.Options(banned_ids=range(50)))
+        beam_search(model, [1], max_new_tokens=3, options=g.Options(processors=[BannedTokens(range(50))]))
 
 
 def test_log_probabilities_are_the_models_own_in_every_strategy():
     """Whatever the processors did: one pass of the model over each text gives the same numbers."""
     model = tiny()  # noqa: F811
-    options = g.Options(9, repetition_penalty=1.4, banned_ids=[3, 4], seed=1, temperature=0.8)
-    found = [g.generate_options(model, [1, 2], options)]
-    for tokens in (g.speculate(model, tiny(5), [1, 2], options), g.contrastive_search(model, [1, 2], options)):
+    options = g.Options(max_new_tokens=9, repetition_penalty=1.4, processors=[BannedTokens([3, 4])], seed=1, temperature=0.8)
+    found = [g.generate(model, [1, 2], options)]
+    for tokens in (speculate(model, tiny(5), [1, 2], options), contrastive_search(model, [1, 2], options)):
         list(tokens)
         found.append(tokens.result)
     for text in found:
@@ -185,29 +191,29 @@ def test_speculation_keeps_greedy_tokens(name, guesses):
     model = tiny()  # noqa: F811
     options = g.Options(temperature=0, max_new_tokens=20, stop_ids=[13], repetition_penalty=1.1)
     for first in range(6):
-        draft = {"itself": model, "other": tiny(9), "ngram": g.NGramDraft(), "wild": Wild(),
+        draft = {"itself": model, "other": tiny(9), "ngram": NGramDraft(), "wild": Wild(),
                  "nothing": lambda ids, count, rng: ([], None)}[name]
-        want = g.generate_options(model, [first, 5, first], options)
-        tokens = g.speculate(model, draft, [first, 5, first], options, guesses=guesses)
+        want = g.generate(model, [first, 5, first], options)
+        tokens = speculate(model, draft, [first, 5, first], options, guesses=guesses)
         assert list(tokens) == want.ids and tokens.finish_reason == want.finish_reason
         if name == "itself":  # every guess is right
             assert tokens.result.steps <= -(-(want.steps - 1) // (guesses + 1)) + 1
 
 
 def test_speculation_on_the_shipped_model(model, prompts):  # noqa: F811
-    decoder, draft = g.Decoder(model), g.NGramDraft(prompts)
+    decoder, draft = Decoder(model), NGramDraft(prompts)
     options = g.Options(temperature=0, max_new_tokens=12, stop_ids=[0, 1, 2])
     for ids in prompts[:10]:
-        assert list(g.speculate(model, draft, ids, options, decoder=decoder)) == g.generate_options(
-            model, ids, options, decoder).ids
+        assert list(speculate(model, draft, ids, options, decoder=decoder)) == g.generate(
+            model, ids, options, decoder=decoder).ids
 
 
 @pytest.mark.parametrize("size", [3, 12, 31])
 def test_a_draft_with_a_smaller_context(size):
     model, draft = tiny(), tiny(9, block_size=size)  # noqa: F811
     options = g.Options(temperature=0, max_new_tokens=20)
-    want = g.generate_options(model, [5, 6, 7, 8], options)
-    assert list(g.speculate(model, draft, [5, 6, 7, 8], options)) == want.ids
+    want = g.generate(model, [5, 6, 7, 8], options)
+    assert list(speculate(model, draft, [5, 6, 7, 8], options)) == want.ids
 
 
 def in_turn(order):
@@ -221,18 +227,18 @@ def in_turn(order):
 def test_a_draft_counts_new_tokens_as_the_model_does():
     model = tiny()  # noqa: F811
     options = g.Options(temperature=0, max_new_tokens=9, processors=[in_turn([3, 1, 4, 1, 5, 9, 2, 6, 5])])
-    tokens = g.speculate(model, model, [7, 8], options, guesses=3)
+    tokens = speculate(model, model, [7, 8], options, guesses=3)
     assert list(tokens) == [3, 1, 4, 1, 5, 9, 2, 6, 5]
     assert tokens.result.steps == 3  # one token, then twice three right guesses and one for free
-    draft = g.ModelDraft(model, options)
+    draft = ModelDraft(model, options)
     for prompt in ([7], [2, 2, 2, 2]):  # one draft for prompts of several lengths
-        assert g.speculate(model, draft, prompt, options, guesses=3).result.steps == 0
-        tokens = g.speculate(model, draft, prompt, options, guesses=3)
+        assert speculate(model, draft, prompt, options, guesses=3).result.steps == 0
+        tokens = speculate(model, draft, prompt, options, guesses=3)
         assert len(list(tokens)) == 9 and tokens.result.steps == 3
 
 
 def test_a_draft_of_ones_own_kind_is_called_as_every_draft():
-    class Mine(g.ModelDraft):
+    class Mine(ModelDraft):
         calls = 0
 
         def __call__(self, ids, count, rng):
@@ -241,7 +247,7 @@ def test_a_draft_of_ones_own_kind_is_called_as_every_draft():
     model = tiny()  # noqa: F811
     options = g.Options(temperature=0, max_new_tokens=9, processors=[in_turn([3, 1, 4, 1, 5, 9, 2, 6, 5])])
     mine = Mine(model, options)
-    tokens = g.speculate(model, mine, [7, 8], options, guesses=3)
+    tokens = speculate(model, mine, [7, 8], options, guesses=3)
     assert list(tokens) == [3, 1, 4, 1, 5, 9, 2, 6, 5] and tokens.result.steps == 3 and mine.calls == 2
 
 
@@ -249,16 +255,16 @@ def test_a_draft_of_ones_own_kind_is_called_as_every_draft():
 def test_a_draft_ends_where_the_text_does(temperature):
     model = tiny()  # noqa: F811
     options = g.Options(temperature=temperature, max_new_tokens=9, stop_ids=[0], processors=[in_turn([3, 4, 0])])
-    tokens = g.speculate(model, model, [7, 8], options)
+    tokens = speculate(model, model, [7, 8], options)
     assert list(tokens) == [3, 4] and tokens.finish_reason == "stop"
-    assert g.ModelDraft(model, options)([7, 8], 5, random.Random(0))[0] == [3, 4, 0]
+    assert ModelDraft(model, options)([7, 8], 5, random.Random(0))[0] == [3, 4, 0]
 
 
 def test_a_dead_end_of_the_draft_alone():
     model, options = tiny(), g.Options(temperature=0, max_new_tokens=9)  # noqa: F811
-    want = g.generate_options(model, [7, 8], options)
-    lost = g.ModelDraft(model, g.replace(options, processors=[in_turn(want.ids[:4])]))
-    assert list(g.speculate(model, lost, [7, 8], options)) == want.ids
+    want = g.generate(model, [7, 8], options)
+    lost = ModelDraft(model, replace(options, processors=[in_turn(want.ids[:4])]))
+    assert list(speculate(model, lost, [7, 8], options)) == want.ids
     assert lost([7, 8], 6, random.Random(0))[0] == want.ids[:4]
 
 
@@ -283,19 +289,19 @@ def test_speculation_draws_from_the_same_distribution(name, ledger):
     shape = dict(vocab_size=5, n_layer=1, n_embd=8, spread=9.0)
     model, other, runs = tiny(2, **shape), tiny(3, **shape), 1000  # noqa: F811
     options = g.Options(temperature=1.3, top_k=4, max_new_tokens=3)
-    draft = g.ModelDraft(other, options) if name == "model" else g.NGramDraft([[1, 2, 3, 1, 4, 0, 0, 2]])
-    decoder, counts, expected = g.Decoder(model), Counter(), {}
-    chain = g.chain(options)
+    draft = ModelDraft(other, options) if name == "model" else NGramDraft([[1, 2, 3, 1, 4, 0, 0, 2]])
+    decoder, counts, expected = Decoder(model), Counter(), {}
+    chain = options.chain()
     for text in itertools.product(range(5), repeat=3):
         p = 1.0
         for i, token in enumerate(text):
             ids = [1, *text[:i]]
             with torch.no_grad():
-                p *= float(g.apply(chain, [ids], model(torch.tensor([ids]))[:, -1], i).softmax(-1)[0, token])
+                p *= float(g.process(chain, [ids], model(torch.tensor([ids]))[:, -1], i).softmax(-1)[0, token])
         if p:
             expected[text] = runs * p
     for seed in range(runs):
-        tokens = g.speculate(model, draft, [1], g.replace(options, seed=seed), guesses=2, decoder=decoder)
+        tokens = speculate(model, draft, [1], replace(options, seed=seed), guesses=2, decoder=decoder)
         counts[tuple(tokens)] += 1
     assert set(counts) <= set(expected) and abs(sum(expected.values()) - runs) < 1e-3 * runs
     value, freedom = chi_square(counts, expected)
@@ -309,10 +315,10 @@ def test_judge_is_exact():
     for seed in range(3):
         p, q = torch.rand(2, 6, dtype=torch.float64).pow(3).unbind()
         p, q, rng = p / p.sum(), q / q.sum(), random.Random(seed)
-        counts = Counter(g.judge(guess, p, q, rng) for guess in g.pick(q.log().expand(6000, -1), [rng] * 6000))
+        counts = Counter(judge(guess, p, q, rng) for guess in g.pick(q.log().expand(6000, -1), [rng] * 6000))
         value, freedom = chi_square(counts, {i: 6000 * float(p[i]) for i in range(6)})
         assert value < limit(freedom)
-        sure = Counter(g.judge(2, p, None, rng) for _ in range(3000))
+        sure = Counter(judge(2, p, None, rng) for _ in range(3000))
         value, freedom = chi_square(sure, {i: 3000 * float(p[i]) for i in range(6)})
         assert value < limit(freedom)
 
@@ -338,11 +344,11 @@ def test_regex_equals_pythons():
         pattern = random_pattern(rng)
         for _ in range(12):
             text = "".join(rng.choices("ab1é😀. \n", k=rng.randrange(6)))
-            state = g.parse_regex(pattern)
+            state = parse_regex(pattern)
             for byte in text.encode():
-                state = g.derive(state, byte)
+                state = derive(state, byte)
             want = re.fullmatch(pattern, text, re.ASCII) is not None
-            assert g.may_end(state) == want, (pattern, text)
+            assert may_end(state) == want, (pattern, text)
             seen[want] += 1
     assert min(seen.values()) > 200
 
@@ -352,10 +358,10 @@ def test_regex_equals_pythons():
                                      r"[~-\§]"])
 def test_classes_equal_pythons(pattern):
     for c in [*map(chr, range(128)), "é", "–", "§"]:
-        state = g.parse_regex(pattern)
+        state = parse_regex(pattern)
         for byte in c.encode():
-            state = g.derive(state, byte)
-        assert g.may_end(state) == (re.fullmatch(pattern, c) is not None), (pattern, c)
+            state = derive(state, byte)
+        assert may_end(state) == (re.fullmatch(pattern, c) is not None), (pattern, c)
 
 
 @pytest.mark.parametrize("pattern", ["[\\", r"[a-\d]", r"[a-\\", r"[\b]", r"[\]", r"[a-\q]", "(", ")", "a)", "[", "[]", "[b-a]", "*", "a**b{", "^a", "a$", r"\b", r"\1", "a{2,1}",
@@ -364,15 +370,15 @@ def test_bad_patterns(pattern, tokenizer):  # noqa: F811
     if pattern == "a**b{":
         pattern = "+a"
     with pytest.raises(ValueError) as error:
-        g.RegexConstraint(pattern, tokenizer, [2])
+        RegexConstraint(pattern, tokenizer, [2])
     assert "\n" not in str(error.value)
 
 
 def test_every_drawn_text_matches(model, tokenizer, prompts):  # noqa: F811
-    decoder = g.Decoder(model)
+    decoder = Decoder(model)
     for pattern in (r"(yes|no), \d{1,3} (times|days)\.", r"[A-Z][a-z]{2,8}( [a-z]{1,9}){2,4}\.", r"\{\"age\": \d{1,3}\}",
                     "(é|ü){2,3}"):
-        constraint = g.RegexConstraint(pattern, tokenizer, [2])
+        constraint = RegexConstraint(pattern, tokenizer, [2])
         texts = g.generate(model, prompts[:4], processors=[constraint], stop_ids=[2], max_new_tokens=40, seed=0,
                            temperature=1.5, decoder=decoder)
         for text in texts:
@@ -383,7 +389,7 @@ def test_every_drawn_text_matches(model, tokenizer, prompts):  # noqa: F811
 def test_allowed_tokens_are_exactly_those_that_can_go_on(tokenizer):  # noqa: F811
     """By trying every token: can the text with it still be completed, judged by the choices themselves."""
     choices = ["the cat", "the cow", "a dog", "théâtre"]
-    constraint = g.choice_constraint(choices, tokenizer, [2])
+    constraint = choice_constraint(choices, tokenizer, [2])
     for start in ("", "the", "the c", "a", "th"):
         new = tokenizer.encode_ordinary(start)
         mask = constraint.forbidden(constraint.state(new))
@@ -396,12 +402,12 @@ def test_allowed_tokens_are_exactly_those_that_can_go_on(tokenizer):  # noqa: F8
 
 
 def test_choices_with_every_strategy(model, tokenizer, prompts):  # noqa: F811
-    constraint, decoder = g.choice_constraint(["Yes.", "No.", "Perhaps so."], tokenizer, [2]), g.Decoder(model)
+    constraint, decoder = choice_constraint(["Yes.", "No.", "Perhaps so."], tokenizer, [2]), Decoder(model)
     options = g.Options(max_new_tokens=12, stop_ids=[2], processors=[constraint], seed=3)
-    drawn = [g.generate_options(model, prompts[0], options, decoder),
-             g.beam_search(model, prompts[0], max_new_tokens=12, stop_ids=[2], options=options, decoder=decoder)[0]]
-    for tokens in (g.speculate(model, g.NGramDraft(prompts), prompts[0], options, decoder=decoder),
-                   g.contrastive_search(model, prompts[0], options, decoder=decoder)):
+    drawn = [g.generate(model, prompts[0], options, decoder=decoder),
+             beam_search(model, prompts[0], max_new_tokens=12, stop_ids=[2], options=options, decoder=decoder)[0]]
+    for tokens in (speculate(model, NGramDraft(prompts), prompts[0], options, decoder=decoder),
+                   contrastive_search(model, prompts[0], options, decoder=decoder)):
         list(tokens)
         drawn.append(tokens.result)
     for text in drawn:

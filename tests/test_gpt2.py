@@ -19,7 +19,7 @@ from minigpt.engine.files import ASSETS
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine.hub import HUB_NAMES, config_from_hf, config_to_hf, find_model, read_config, save_int8
 from minigpt.engine.weights import dequantize_rows, quantize_rows
-from minigpt.generation import KVCache
+from minigpt.engine.cache import KVCache
 from minigpt.gpt2 import GPT2, PRESETS, Block, GPT2Config, count_parts, init_weights
 from small_models import TINY, ids_of, tiny  # noqa: F401 (a fixture)
 

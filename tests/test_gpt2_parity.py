@@ -12,7 +12,7 @@ from minigpt.deeper.hooks import trace
 from minigpt.engine.files import ASSETS
 from minigpt.engine.hub import save_int8
 from minigpt.engine.weights import dequantize_rows, quantize_rows
-from minigpt.generation import KVCache
+from minigpt.engine.cache import KVCache
 from minigpt.gpt2 import GPT2, GPT2Config
 
 transformers = pytest.importorskip("transformers", reason="the peer is part of the dev extra")

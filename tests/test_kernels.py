@@ -15,7 +15,9 @@ from minigpt.engine.kernels import (BlockwiseAttention, FastLinear, attention_ba
                                     minus_columns, shallow_copy, summed_rows_loss, use_kernels)
 from minigpt.engine.stepper import Stepper
 from minigpt.engine.train_config import TrainConfig
-from minigpt.generation import Decoder, KVCache, Options, generate
+from minigpt.deeper.fast_decoding import Decoder
+from minigpt.engine.cache import KVCache
+from minigpt.generation import Options, generate
 from minigpt.gpt2 import GPT2, Block, GPT2Config
 from minigpt.training import summed_loss
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import minigpt.lora as lora
 from minigpt.chat import ChatSession
-from minigpt.generation import Decoder, generate
+from minigpt.deeper.fast_decoding import Decoder
+from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.lora import (NF4, LoraConfig, LoraLinear, NF4Linear, adapted, apply_lora, linear_layers, load_adapter, lora_layers,
                           merge_lora, quantize_model, quantize_nf4, save_adapter, set_adapter, trainable_report,

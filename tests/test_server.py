@@ -20,7 +20,11 @@ from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine.chat_format import ChatRenderer
 from minigpt.engine.hub import load_pair
 from minigpt.engine.kernels import for_inference
-from minigpt.generation import Decoder, KVCache, Options, RepetitionPenalty, TextStream, generate
+from minigpt.deeper.fast_decoding import Decoder
+from minigpt.engine.cache import KVCache
+from minigpt.engine.logits_processors import FrequencyPenalty, PresencePenalty
+from minigpt.engine.streaming import TextStream
+from minigpt.generation import Options, generate
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.server import (Ask, Batch, Engine, Limits, Reply, Slots, create_app, row_model, running,
                             step_rows)
@@ -122,7 +126,7 @@ def test_a_row_does_not_feel_its_neighbours(pair, ledger):
     assert worst < 1e-3
 
 
-@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.9, top_p=0.9, presence_penalty=0.4),
+@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.9, top_p=0.9, processors=[PresencePenalty(0.4)]),
                                      dict(temperature=1.0, top_k=20, repetition_penalty=1.2)])
 def test_rows_that_join_and_leave_draw_what_they_draw_alone(small, options, ledger):
     """24 texts of different lengths through 4 rows, prompts in chunks of 5 tokens: each as by generate()."""
@@ -278,8 +282,7 @@ def test_logprobs_are_the_models(client, pair):
 
 def test_penalties_and_our_own_fields(client, pair):
     want = alone(pair, ids_of(pair, TALKS[5]), temperature=0.8, top_k=30, min_p=0.02, top_p=0.9, seed=1,
-                 presence_penalty=0.5, frequency_penalty=0.3, max_new_tokens=20,
-                 processors=(RepetitionPenalty(1.3, prompt=False),))
+                 repetition_penalty=1.3, max_new_tokens=20, processors=[PresencePenalty(0.5), FrequencyPenalty(0.3)])
     got = client.chat.completions.create(model="minigpt-chat", messages=said(TALKS[5]), temperature=0.8, seed=1,
                                          presence_penalty=0.5, frequency_penalty=0.3, max_completion_tokens=20,
                                          top_p=0.9, extra_body={"top_k": 30, "min_p": 0.02, "repetition_penalty": 1.3})

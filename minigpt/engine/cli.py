@@ -257,11 +257,14 @@ def _generate(
     files.check_strategy(format, num_beams, penalty_alpha, draft, num_return,
                          batch_size, guesses, early_stopping)
     from minigpt.engine.hub import load_pair
-    from minigpt.generation import BeamOptions, Options
+    from minigpt.deeper.beam_search import BeamOptions
+    from minigpt.generation import Options
     options = Options(
-        max_new_tokens, temperature, top_k or None, top_p, min_p, typical_p,
-        repetition_penalty, presence_penalty, frequency_penalty,
-        no_repeat_ngram_size, seed=seed, overflow=overflow)
+        max_new_tokens=max_new_tokens, temperature=temperature,
+        top_k=top_k or None, top_p=top_p, min_p=min_p, seed=seed,
+        repetition_penalty=repetition_penalty, overflow=overflow,
+        processors=files.more_rules(typical_p, presence_penalty,
+                                    frequency_penalty, no_repeat_ngram_size))
     beams = None if num_beams == 1 else BeamOptions(
         num_beams, num_return, length_penalty, files.EARLY[early_stopping],
         num_beam_groups, diversity_penalty)

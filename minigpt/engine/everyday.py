@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from .chat_format import ChatRenderer
 from ..evaluation import EVAL, NGram, NGramDecoder, fit_prompts
-from ..generation import RepetitionPenalty, generate
+from ..generation import generate
 
 # %% ../../nbs/engine/everyday.ipynb #rows
 EVERYDAY = EVAL / "everyday.jsonl"
@@ -173,8 +173,7 @@ def ask_rows(model: Any, tokenizer: Any, rows: Sequence[dict], *,
             drawn = generate(
                 model, [fitted[i] for i in batch], temperature=temperature,
                 top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens,
-                processors=[RepetitionPenalty(repetition_penalty,
-                                              prompt=False)],
+                repetition_penalty=repetition_penalty,
                 stop_ids=sorted(renderer.stop_ids), decoder=decoder,
                 seed=[random.Random(f"{seed} {rows[i]['id']} {turn}"
                                     ).getrandbits(62) for i in batch])

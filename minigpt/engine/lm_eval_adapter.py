@@ -17,7 +17,8 @@ import torch
 from .baselines import open_model
 from .chat_format import ChatRenderer
 from ..evaluation import EVAL, score_ids, score_rows
-from ..generation import Options, stream_text
+from .streaming import stream_text
+from ..generation import Options
 from .devices import pick_device
 
 try:
