@@ -1,4 +1,4 @@
-"""Chapter 05: beams, contrastive search, speculative decoding, constraints; against transformers and slow versions."""
+"""Chapter 05: beams, contrastive search, speculative decoding; against transformers and slow versions."""
 import itertools
 import random
 import re
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from minigpt import generation as g
 from minigpt.deeper.beam_search import beam_search, contrastive_search
-from minigpt.deeper.constrained import RegexConstraint, choice_constraint, derive, may_end, parse_regex
 from minigpt.deeper.fast_decoding import Decoder
 from minigpt.engine.logits_processors import BannedTokens
 from minigpt.deeper.speculative import ModelDraft, NGramDraft, judge, speculate
@@ -321,101 +320,3 @@ def test_judge_is_exact():
         sure = Counter(judge(2, p, None, rng) for _ in range(3000))
         value, freedom = chi_square(sure, {i: 3000 * float(p[i]) for i in range(6)})
         assert value < limit(freedom)
-
-
-# ------------------------------------------------------------------ constraints
-
-def random_pattern(rng, depth=0):
-    kind = rng.randrange(9 if depth < 3 else 4)
-    if kind < 3:
-        return rng.choice(["a", "b", "é", r"\d", "[ab]", "[^a]", ".", r"\w", "[a-b1]", r"\s", r"\.", "[^\\d\\n]", "😀"])
-    if kind == 3:
-        return rng.choice(["a", "b", "1"]) + rng.choice(["*", "+", "?", "{2}", "{1,3}", "{2,}", "{0,1}"])
-    inner = [random_pattern(rng, depth + 1) for _ in range(rng.randrange(1, 4))]
-    if kind < 6:
-        return "".join(inner)
-    body = ("(" if kind < 8 else "(?:") + "|".join(inner) + ")"
-    return body + rng.choice(["", "", "*", "+", "?", "{1,2}"])
-
-
-def test_regex_equals_pythons():
-    rng, seen = random.Random(0), Counter()
-    for _ in range(400):
-        pattern = random_pattern(rng)
-        for _ in range(12):
-            text = "".join(rng.choices("ab1é😀. \n", k=rng.randrange(6)))
-            state = parse_regex(pattern)
-            for byte in text.encode():
-                state = derive(state, byte)
-            want = re.fullmatch(pattern, text, re.ASCII) is not None
-            assert may_end(state) == want, (pattern, text)
-            seen[want] += 1
-    assert min(seen.values()) > 200
-
-
-@pytest.mark.parametrize("pattern", [r"[.-\/]", r"[!-\]]", r"[\[-\]]", r"[\t-\n]", r"[\\-a]", r"[+\-a]", r"[]-a]", r"[^!-\]]",
-                                     r"[\d\-a]", "[--/]", "[a-]", r"[\^-`]", r"[\–a]",
-                                     r"[~-\§]"])
-def test_classes_equal_pythons(pattern):
-    for c in [*map(chr, range(128)), "é", "–", "§"]:
-        state = parse_regex(pattern)
-        for byte in c.encode():
-            state = derive(state, byte)
-        assert may_end(state) == (re.fullmatch(pattern, c) is not None), (pattern, c)
-
-
-@pytest.mark.parametrize("pattern", ["[\\", r"[a-\d]", r"[a-\\", r"[\b]", r"[\]", r"[a-\q]", "(", ")", "a)", "[", "[]", "[b-a]", "*", "a**b{", "^a", "a$", r"\b", r"\1", "a{2,1}",
-                                     "a{2000}", "[^é]", "\\", "(?=a)", "{"])
-def test_bad_patterns(pattern, tokenizer):  # noqa: F811
-    if pattern == "a**b{":
-        pattern = "+a"
-    with pytest.raises(ValueError) as error:
-        RegexConstraint(pattern, tokenizer, [2])
-    assert "\n" not in str(error.value)
-
-
-def test_every_drawn_text_matches(model, tokenizer, prompts):  # noqa: F811
-    decoder = Decoder(model)
-    for pattern in (r"(yes|no), \d{1,3} (times|days)\.", r"[A-Z][a-z]{2,8}( [a-z]{1,9}){2,4}\.", r"\{\"age\": \d{1,3}\}",
-                    "(é|ü){2,3}"):
-        constraint = RegexConstraint(pattern, tokenizer, [2])
-        texts = g.generate(model, prompts[:4], processors=[constraint], stop_ids=[2], max_new_tokens=40, seed=0,
-                           temperature=1.5, decoder=decoder)
-        for text in texts:
-            said = tokenizer.decode(text.ids)
-            assert text.finish_reason == "stop" and re.fullmatch(pattern, said), (pattern, said)
-
-
-def test_allowed_tokens_are_exactly_those_that_can_go_on(tokenizer):  # noqa: F811
-    """By trying every token: can the text with it still be completed, judged by the choices themselves."""
-    choices = ["the cat", "the cow", "a dog", "théâtre"]
-    constraint = choice_constraint(choices, tokenizer, [2])
-    for start in ("", "the", "the c", "a", "th"):
-        new = tokenizer.encode_ordinary(start)
-        mask = constraint.forbidden(constraint.state(new))
-        for i in range(3, tokenizer.vocab_size):
-            said = start.encode() + tokenizer.decode_bytes([i])
-            assert bool(mask[i]) != any(c.encode().startswith(said) for c in choices)
-        assert bool(mask[2])
-    whole = constraint.forbidden(constraint.state(tokenizer.encode_ordinary("a dog")))
-    assert whole.sum() == len(whole) - 1 and not whole[2]
-
-
-def test_choices_with_every_strategy(model, tokenizer, prompts):  # noqa: F811
-    constraint, decoder = choice_constraint(["Yes.", "No.", "Perhaps so."], tokenizer, [2]), Decoder(model)
-    options = g.Options(max_new_tokens=12, stop_ids=[2], processors=[constraint], seed=3)
-    drawn = [g.generate(model, prompts[0], options, decoder=decoder),
-             beam_search(model, prompts[0], max_new_tokens=12, stop_ids=[2], options=options, decoder=decoder)[0]]
-    for tokens in (speculate(model, NGramDraft(prompts), prompts[0], options, decoder=decoder),
-                   contrastive_search(model, prompts[0], options, decoder=decoder)):
-        list(tokens)
-        drawn.append(tokens.result)
-    for text in drawn:
-        assert tokenizer.decode(text.ids) in ("Yes.", "No.", "Perhaps so.")
-    best = -float("inf")  # of the usual way to write each choice in tokens, scored by the model alone
-    for choice in ("Yes.", "No.", "Perhaps so."):
-        ids = tokenizer.encode_ordinary(choice) + [2]
-        with torch.no_grad():
-            logp = model(torch.tensor([prompts[0] + ids]))[0, len(prompts[0]) - 1:-1].log_softmax(-1)
-        best = max(best, float(logp.gather(-1, torch.tensor(ids)[:, None]).mean()))
-    assert drawn[1].score >= best - 1e-4

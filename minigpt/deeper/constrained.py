@@ -125,6 +125,7 @@ class RegexConstraint:
     """
 
     stage = "ban"
+    max_states = 20_000                # 20 MB; more are forgotten
 
     def __init__(self,
                  pattern: str | Pattern,      # a regular expression
@@ -141,7 +142,6 @@ class RegexConstraint:
         if isinstance(pattern, str):
             self.pattern = parse_regex(pattern)
         self.trie, self.limit = trie_of(tokenizer), max_new_tokens
-        self._longest = max(map(len, self.trie.tokens))
         self._forget()
         least = self.cost(self.automaton.start)
         if max_new_tokens is not None and least > max_new_tokens:
@@ -179,7 +179,7 @@ class RegexConstraint:
 
     def _towards_the_end(self, state: int) -> int:
         text = shortest(self.automaton.patterns[state])
-        for n in range(min(len(text), self._longest), 0, -1):
+        for n in range(len(self.trie.levels), 0, -1):   # the longest token
             if text[:n] in self.trie.ids:
                 return self.automaton.follow(state, text[:n])
         return 0                       # a vocabulary that lacks this byte
@@ -201,7 +201,7 @@ class RegexConstraint:
 
     def __call__(self, ids: Sequence[Sequence[int]], logits: Tensor, step: int
                  ) -> Tensor:
-        if len(self.automaton.patterns) > 20_000:       # 20 MB
+        if len(self.automaton.patterns) > self.max_states:
             self._forget()
         left = _NEVER if self.limit is None else self.limit - step - 1
         forbidden = torch.ones_like(logits, dtype=torch.bool)

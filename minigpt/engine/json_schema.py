@@ -48,18 +48,18 @@ _CHARACTER = _in_json(_ANY)
 
 # %% ../../nbs/engine/json_schema.ipynb #text
 _FORMATS = {
-    "date": r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])",
+    "date": r"[1-9]\d{3}-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])",
     "time": r"([01]\d|2[0-3]):[0-5]\d:[0-5]\dZ",
     "uuid": r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"}
 _FORMATS["date-time"] = f"{_FORMATS['date']}T{_FORMATS['time']}"
 
 
-def _search(pattern: str, longest: int) -> Pattern:
+def _search(pattern: str) -> Pattern:
     """A text in which an expression is found, as JSON schema means it."""
     start = pattern.startswith("^")
     end = pattern.endswith("$") and not pattern.endswith("\\$")
     found = parse_regex(pattern[start:len(pattern) - end])
-    around = repeat(_ANY, 0, longest)
+    around = repeat(_ANY, 0)
     return sequence(b"" if start else around, found, b"" if end else around)
 
 
@@ -305,8 +305,7 @@ class _Compiler:
             return _quoted(parse_regex(_FORMATS[name]))
         _check(isinstance(schema["pattern"], str), path, "pattern is no text")
         try:
-            return _quoted(_in_json(_search(schema["pattern"],
-                                            self.max_length)))
+            return _quoted(_in_json(_search(schema["pattern"])))
         except ValueError as error:
             raise ValueError(f"schema, {path}: {error}") from None
 
