@@ -43,8 +43,7 @@ def sequence(*parts: Pattern) -> Pattern:
         for piece in part[1:] if part[:1] == ("seq",) else (part,):
             if piece == NOTHING:
                 return NOTHING
-            if flat and isinstance(piece, bytes) and isinstance(flat[-1],
-                                                                bytes):
+            if flat and type(piece) is type(flat[-1]) is bytes:
                 flat[-1] += piece
             elif piece != b"":
                 flat.append(piece)
