@@ -206,9 +206,8 @@ class RegexConstraint:
         forbidden = torch.ones_like(logits, dtype=torch.bool)
         for row, text in enumerate(ids):
             needs = self.needs(self.state(text[len(text) - step:]))
-            least = int(needs.min())
-            refused = (needs > max(left, least)) | (needs == _NEVER)
-            forbidden[row, :len(needs)] = refused.to(logits.device)
+            allowed = (needs <= max(left, int(needs.min()))) & (needs < _NEVER)
+            forbidden[row, :len(needs)] = ~allowed.to(logits.device)
         return logits.masked_fill(forbidden, -torch.inf)
 
 # %% ../../nbs/deeper/constrained.ipynb #choices
