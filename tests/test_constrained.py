@@ -307,7 +307,7 @@ def check(schema, value):
     jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker()).validate(value)
 
 
-def test_every_output_is_valid_json_over_1000_schemas(small):
+def test_every_output_is_valid_json_over_1000_schemas(small, ledger):
     """Of a random model, and with little room: what is drawn parses and is valid, as jsonschema judges."""
     model, tokenizer, stop = small
     rng, lengths, kinds = random.Random(0), [], Counter()
@@ -323,6 +323,7 @@ def test_every_output_is_valid_json_over_1000_schemas(small):
         assert text.finish_reason == "stop"
         lengths.append(len(text.ids))
         kinds[type(value).__name__] += 1
+    ledger("texts under 1,000 random JSON schemas that do not parse or are not valid", 0, peer="jsonschema", bound=0)
     assert sum(lengths) > 5000 and len(kinds) >= 7 and min(kinds.values()) > 20, (sum(lengths), kinds)
 
 
@@ -330,7 +331,7 @@ def test_texts_end_by_themselves_without_a_limit(small):
     """The bounds that schemas leave out are there."""
     model, tokenizer, stop = small
     schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "array", "items": {"type": "number"}},
-                                               "c": {"type": "string", "pattern": "q"}}, "required": ["a", "b", "c"]}
+                                               "c": {}}, "required": ["a", "b", "c"]}
     constraint = json_constraint(schema, tokenizer, stop)
     for text in generate(model, [[1]] * 8, processors=[constraint], stop_ids=stop, max_new_tokens=1000, seed=0):
         check(schema, json.loads(tokenizer.decode(text.ids)))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from command_line import minigpt
 
@@ -182,6 +183,34 @@ def test_every_strategy(folder, small):
     assert begun["text"].startswith("So it") and begun["tokens"] == 6
 
 
+def test_json_by_a_schema_and_choices(folder, tmp_path):
+    """Several texts of a model that says anything, in little room; each ends and is valid."""
+    schema = {"type": "object", "required": ["name", "tags"], "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 12},
+        "tags": {"type": "array", "items": {"enum": ["é", "cat"]}, "minItems": 1, "maxItems": 3}, "age": {"type": "integer"}}}
+    (tmp_path / "pet.json").write_text(json.dumps(schema), encoding="utf-8")
+    out, _ = run("One day", "Two", "--model", folder, "--json-schema", tmp_path / "pet.json", "--max-new-tokens", 45,
+                 "--num-return", 4, "--seed", 0, "--temperature", 1.3)
+    rows = [json.loads(line) for line in out.splitlines()]
+    for row in rows:
+        jsonschema.validate(json.loads(row["text"]), schema)
+    assert len(rows) == 8 and {row["finish_reason"] for row in rows} == {"stop"} and len({row["text"] for row in rows}) == 8
+    out, _ = run("One day", "--model", folder, "--choice", "Yes (1).", "--choice", "Né\n", "--num-return", 6, "--seed", 0)
+    assert {json.loads(line)["text"] for line in out.splitlines()} <= {"Yes (1).", "Né\n"}
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"type": "object", "properties": {"a": {"allOf": []}}}', "schema, #/properties/a: 'allOf' is not supported"),
+    ('{"type": }', "line 1: not valid JSON"), ("[1]", "[1] is no schema"), ("[" * 5000, "nested too deeply"),
+    ('{"type": "string", "minLength": 200}', "max_new_tokens=40 must be"),
+    ('{"$ref": "#"}', "refers to itself"), ('{"enum": []}', "no value is valid")])
+def test_broken_schemas_are_one_line(folder, tmp_path, text, message):
+    (tmp_path / "s.json").write_text(text, encoding="utf-8")
+    out, errors = run("x", "--model", folder, "--json-schema", tmp_path / "s.json", "--max-new-tokens", 40, code=2)
+    assert message in errors and out == "" and len(errors.strip().splitlines()) == 1
+    assert "s.json" in errors or "max_new_tokens" in message
+
+
 def test_a_chat_and_a_stop_string_through_a_pipe():
     out, _ = run_process("--chat", "--temperature", 0, "--max-new-tokens", 24, "--stop", ".", data=b"What is a whale?\n")
     row = json.loads(out)
@@ -195,6 +224,8 @@ def test_a_chat_and_a_stop_string_through_a_pipe():
     ([], b"caf\xe9\n", "not UTF-8 (byte 0xe9)"), (["caf\udce9"], b"", "half a character"), ([], b'{"text": 1}\n', "line 1"),
     (["x", "--num-beams", "4", "--draft", "ngram"], b"", "exclude each other"), (["x", "--format", "xml"], b"", "'xml'"),
     (["x", "--num-beams", "2", "--num-return", "3"], b"", "num_return=3"), (["x", "--regex", "("], b"", "never closed"),
+    (["x", "--regex", "a", "--choice", "a"], b"", "--regex and --choice exclude"), (["x", "--choice", "caf\udce9"], b"", "half a character"),
+    (["x", "--json-schema", "nowhere.json"], b"", "nowhere.json"), (["x", "--ignore-end", "--regex", "a"], b"", "--regex and --ignore-end"),
     (["x", "--file", "nowhere.txt"], b"", "nowhere.txt"), (["x", "--model", "nowhere"], b"", "nowhere"),
     (["word " * 80], b"", "exceed the context of 64"), (["x", "--max-new-tokens", "99"], b"", "exceed the context of 64"),
     (["x", "--overflow", "wrap"], b"", "overflow='wrap'"), (["x", "--num-return", "0"], b"", "--num-return 0"),
@@ -222,7 +253,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.decode()
     out, _ = run("--help")
-    for flag in ("--num-return", "--num-beams", "--draft", "--regex", "--penalty-alpha", "--typical-p", "--overflow"):
+    for flag in ("--num-return", "--num-beams", "--draft", "--regex", "--json-schema", "--penalty-alpha", "--typical-p", "--overflow"):
         assert flag in out
 
 
