@@ -124,7 +124,7 @@ class RegexConstraint:
     """
 
     stage = "ban"
-    max_states = 20_000                # 20 MB; more are forgotten
+    max_states = 20_000                # 32 MB; more are forgotten
 
     def __init__(self,
                  pattern: str | Pattern,      # a regular expression
@@ -193,7 +193,7 @@ class RegexConstraint:
             needs = costs[after]
             if may_end(self.automaton.patterns[state]):
                 needs[self.stop_ids] = 0
-            if len(self._needs) >= 500:
+            if len(self._needs) >= 100:
                 self._needs.clear()
             self._needs[state] = torch.from_numpy(needs)
         return self._needs[state]

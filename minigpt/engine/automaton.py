@@ -75,7 +75,8 @@ class Automaton:
     def follow(self, state: int, data: bytes) -> int:
         """The state after these bytes."""
         for byte in data:
-            self.expand(np.array([state]))
+            if not self.known[state]:
+                self.expand(np.array([state]))
             state = int(self.table[state, byte])
         return state
 
