@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,9 +109,6 @@ def shortest(pattern: Pattern) -> bytes:
     return pattern
 
 # %% ../../nbs/deeper/constrained.ipynb #constraint
-_NEVER = 2 ** 30                    # the cost of a state without a way out
-
-
 class RegexConstraint:
     """Allow only tokens after which the new text can match a pattern.
 
@@ -124,7 +120,6 @@ class RegexConstraint:
     """
 
     stage = "ban"
-    max_states = 20_000                # 32 MB; more are forgotten
 
     def __init__(self,
                  pattern: str | Pattern,      # a regular expression
@@ -132,82 +127,27 @@ class RegexConstraint:
                  stop_ids: Sequence[int],     # what ends a text, as in Options
                  max_new_tokens: int | None = None  # as in Options
                  ):
+        from minigpt.engine.automaton import TokenCosts
+        from minigpt.engine.regex import parse_regex
         if len(stop_ids) == 0:
             raise ValueError("stop_ids must be at least one id, or a match "
                              "could not end")
-        from minigpt.engine.automaton import trie_of
-        from minigpt.engine.regex import parse_regex
-        self.pattern, self.stop_ids = pattern, list(stop_ids)
         if isinstance(pattern, str):
-            self.pattern = parse_regex(pattern)
-        self.trie, self.limit = trie_of(tokenizer), max_new_tokens
-        self._forget()
-        least = self.cost(self.automaton.start)
+            pattern = parse_regex(pattern)
+        self.costs = TokenCosts(pattern, tokenizer, stop_ids)
+        self.limit, least = max_new_tokens, self.costs.least()
         if max_new_tokens is not None and least > max_new_tokens:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be "
                              f"{least} or more for this pattern")
 
-    def _forget(self) -> None:
-        from minigpt.engine.automaton import Automaton
-        self.automaton = Automaton(self.pattern)
-        self._costs, self._needs = {0: _NEVER}, {}
-
-    def state(self, ids: Sequence[int],  # of the new text
-              ) -> int:
-        """The automaton's state after these tokens."""
-        state = self.automaton.start
-        for i in ids:
-            text = self.trie.tokens[i]
-            state = self.automaton.follow(state, text) if text else 0
-        return state
-
-    def cost(self, state: int) -> int:
-        """How many tokens end the text from here, on a sure way."""
-        way = []
-        while state not in self._costs:
-            way.append(state)
-            if may_end(self.automaton.patterns[state]):
-                self._costs[state] = 1                  # the stop token
-            else:
-                state = self._towards_the_end(state)
-        for before in reversed(way):
-            if before not in self._costs:
-                self._costs[before] = min(self._costs[state] + 1, _NEVER)
-            state = before
-        return self._costs[state]
-
-    def _towards_the_end(self, state: int) -> int:
-        text = shortest(self.automaton.patterns[state])
-        for n in range(len(self.trie.levels), 0, -1):   # the longest token
-            if text[:n] in self.trie.ids:
-                return self.automaton.follow(state, text[:n])
-        return 0                       # a vocabulary that lacks this byte
-
-    def needs(self, state: int) -> Tensor:
-        """How many tokens (V,) must come after each token."""
-        if state not in self._needs:
-            after = self.trie.states_after(self.automaton, state)
-            reached = np.flatnonzero(np.bincount(after))
-            costs = np.full(reached[-1] + 1, _NEVER, dtype=np.int32)
-            costs[reached] = [self.cost(s) for s in reached.tolist()]
-            needs = costs[after]
-            if may_end(self.automaton.patterns[state]):
-                needs[self.stop_ids] = 0
-            if len(self._needs) >= 100:
-                self._needs.clear()
-            self._needs[state] = torch.from_numpy(needs)
-        return self._needs[state]
-
     def __call__(self, ids: Sequence[Sequence[int]], logits: Tensor, step: int
                  ) -> Tensor:
-        if len(self.automaton.patterns) > self.max_states:
-            self._forget()
-        left = _NEVER if self.limit is None else self.limit - step - 1
+        left = math.inf if self.limit is None else self.limit - step - 1
         forbidden = torch.ones_like(logits, dtype=torch.bool)
         for row, text in enumerate(ids):
-            needs = self.needs(self.state(text[len(text) - step:]))
-            allowed = (needs <= max(left, int(needs.min()))) & (needs < _NEVER)
-            forbidden[row, :len(needs)] = ~allowed.to(logits.device)
+            needs = self.costs.needs(text[len(text) - step:])       # (V,)
+            allowed = (needs <= max(left, needs.min())) & (needs < math.inf)
+            forbidden[row, :len(needs)] = torch.from_numpy(~allowed)
         return logits.masked_fill(forbidden, -torch.inf)
 
 # %% ../../nbs/deeper/constrained.ipynb #choices
