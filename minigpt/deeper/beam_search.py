@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fast_decoding import Decoder, Move, run
-from ..engine.prompts import as_prompts, fit
+from ..engine.prompts import as_prompts, fit, settle
 from minigpt.generation import (
     Generation, Options, TokenStream, check, pick_best, process,
     token_logprobs)
@@ -261,8 +261,7 @@ def contrastive_search(model: GPT2, ids: Sequence[int] | Tensor,
     options = replace(options or Options(), temperature=0)
     check(options.overflow != "slide", "overflow", options.overflow,
           "'error' or 'truncate'")
-    rows, _ = as_prompts(ids, model.config.vocab_size)
-    rows, limit = fit(rows[:1], options, model.config.block_size)
+    rows, options, limit, _ = settle(model, ids, options, {}, one=True)
     decoder, result = decoder or Decoder(model, "live"), Generation()
     decoder.ids = []                           # its vectors are all needed
     strategy = Contrastive(decoder, rows[0], top_k, penalty_alpha, options,
