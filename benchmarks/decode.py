@@ -34,7 +34,10 @@ def load(checkout: str):
 
 def decoding(model, weights: str, rows: list[list[int]], new: int):
     """A function that draws `new` tokens for each row."""
-    from minigpt.deeper.fast_decoding import Decoder
+    try:
+        from minigpt.deeper.fast_decoding import Decoder
+    except ImportError:  # a checkout from before it had a notebook of its own
+        from minigpt.generation import Decoder
     from minigpt.generation import generate
     decoder = Decoder(model) if weights == "default" else Decoder(model, weights)
     return lambda: generate(model, rows, max_new_tokens=new, temperature=0, stop_ids=(), decoder=decoder)

@@ -1,6 +1,6 @@
 """Generate 128 tokens after a 32-token prompt, greedy, random weights: new tokens/s for batch 1 and 8.
 
-  python benchmarks/generate.py [--configs mini gpt2-small] [--rounds 3] [--new 128] [--nanogpt DIR] [--llms DIR]
+  python benchmarks/generate.py [--configs shipped mini gpt2-small] [--rounds 3] [--new 128] [--nanogpt DIR] [--llms DIR]
                            [--only NAME ...] [--skip NAME ...]
   NANOGPT_DIR, LLMS_FROM_SCRATCH_DIR: checkouts of karpathy/nanoGPT and rasbt/LLMs-from-scratch
 
@@ -27,6 +27,7 @@ import _common as c
 import _models as m
 
 PROMPT = 32
+CONFIGS = m.CONFIGS | {"shipped": dict(n_layer=8, n_head=8, n_embd=512, block=1024, vocab=20000)}  # of minigpt-chat
 
 
 def project_model(cfg, state_dict, dtype=torch.float32):
@@ -55,7 +56,7 @@ def load_project(cfg, state_dict, dtype=torch.float32, weights="auto", beams=0):
 
     def run(ids, new):
         if beams:
-            best = beam_search(model, ids[0], num_beams=beams, max_new_tokens=new, decoder=decoder)[0]
+            best = beam_search(model, ids[0], num_beams=beams, max_new_tokens=new, stop_ids=(), decoder=decoder)[0]
             return torch.cat([ids, torch.tensor([best.ids])], 1)
         rows = ids.tolist()
         out = generate(model, rows, max_new_tokens=new, temperature=0, stop_ids=(), decoder=decoder)
@@ -150,7 +151,7 @@ def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("--nanogpt", default=os.environ.get("NANOGPT_DIR"))
     ap.add_argument("--llms", default=os.environ.get("LLMS_FROM_SCRATCH_DIR"))
-    ap.add_argument("--configs", nargs="*", default=list(m.CONFIGS))
+    ap.add_argument("--configs", nargs="*", default=list(CONFIGS))
     ap.add_argument("--batches", nargs="*", type=int, default=[1, 8])
     ap.add_argument("--rounds", type=int, default=3)
     ap.add_argument("--new", type=int, default=128)
@@ -160,7 +161,7 @@ def main():
     torch.set_num_threads(c.threads())
     rows, limits = [], []
     for name in a.configs:
-        cfg = m.CONFIGS[name]
+        cfg = CONFIGS[name]
         torch.manual_seed(0)
         hf = m.hf_gpt2(cfg).eval()
         with torch.no_grad():  # spread the logits, so that greedy choices aren't near ties

@@ -11,7 +11,6 @@ any model folder with the same vocabulary. Set BENCH_THREADS=1 on a busy machine
 from __future__ import annotations
 
 import argparse
-import random
 from dataclasses import replace
 
 import torch
@@ -36,10 +35,14 @@ class Counting:
     def __init__(self, draft):
         self.draft, self.guesses = draft, 0
 
-    def __call__(self, ids, count, rng: random.Random):
-        guesses, chances = self.draft(ids, count, rng)
-        self.guesses += len(guesses)
-        return guesses, chances
+    def start(self, prompt):
+        guess = self.draft.start(prompt)
+
+        def counted(ids, count, rng):
+            guesses, probs = guess(ids, count, rng)
+            self.guesses += len(guesses)
+            return guesses, probs
+        return counted
 
 
 def main():

@@ -87,7 +87,7 @@ def test_a_bad_prompt_among_good_ones_writes_nothing(folder, tmp_path):
     assert "exceed the context of 64" in errors and not out.exists()
     out.write_text("old", encoding="utf-8")
     run("One day", "word " * 80, *flags, out, "--overwrite", code=2)
-    run("One day", *flags, out, "--overwrite", "--penalty-alpha", 3, code=2)
+    run("One day", *flags, out, "--overwrite", "--guesses", 0, code=2)
     assert out.read_text(encoding="utf-8") == "old" and os.listdir(tmp_path) == ["out.jsonl"]
     run("One day", *flags, out, "--overwrite")
     assert json.loads(out.read_text(encoding="utf-8"))["prompt"] == "One day" and os.listdir(tmp_path) == ["out.jsonl"]
@@ -166,7 +166,7 @@ def test_every_strategy(folder, small):
     want = beam_search(model, ids, num_beams=3, num_return=2, max_new_tokens=6, stop_ids=[0, 1, 2])
     assert [row["score"] for row in beams] == pytest.approx([text.score for text in want], abs=1e-4)
     greedy = json.loads(run(*flags, "--temperature", 0)[0])
-    for more in (["--draft", "ngram", "--temperature", 0], ["--penalty-alpha", 0], ["--num-beams", 1, "--temperature", 0],
+    for more in (["--draft", "ngram", "--temperature", 0], ["--num-beams", 1, "--temperature", 0],
                  ["--draft", folder, "--temperature", 0]):
         assert json.loads(run(*flags, *more)[0])["text"] == greedy["text"]
     assert greedy["tokens"] == len(generate(model, ids, temperature=0, max_new_tokens=6, stop_ids=[0, 1, 2]).ids)
@@ -229,7 +229,7 @@ def test_a_chat_and_a_stop_string_through_a_pipe():
     (["x", "--file", "nowhere.txt"], b"", "nowhere.txt"), (["x", "--model", "nowhere"], b"", "nowhere"),
     (["word " * 80], b"", "exceed the context of 64"), (["x", "--max-new-tokens", "99"], b"", "exceed the context of 64"),
     (["x", "--overflow", "wrap"], b"", "overflow='wrap'"), (["x", "--num-return", "0"], b"", "--num-return 0"),
-    (["x", "--penalty-alpha", "3", "--max-new-tokens", "4"], b"", "penalty_alpha=3"), (["x", "--guesses", "0"], b"", "--guesses 0"),
+    (["x", "--guesses", "0"], b"", "--guesses 0"),
     (["x", "--early-stopping", "soon"], b"", "--early-stopping 'soon'")])
 def test_errors_are_one_line(folder, arguments, data, message):
     if "--model" not in arguments:
@@ -253,7 +253,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.decode()
     out, _ = run("--help")
-    for flag in ("--num-return", "--num-beams", "--draft", "--regex", "--json-schema", "--penalty-alpha", "--typical-p", "--overflow"):
+    for flag in ("--num-return", "--num-beams", "--draft", "--regex", "--json-schema", "--typical-p", "--overflow"):
         assert flag in out
 
 

@@ -235,8 +235,7 @@ def _generate(
     early_stopping: opt.EarlyStopping = "no",
     num_beam_groups: opt.NumBeamGroups = 1,
     diversity_penalty: opt.DiversityPenalty = 0.0,
-    penalty_alpha: opt.PenaltyAlpha = None, draft: opt.Draft = None,
-    guesses: opt.Guesses = 4, overflow: opt.Overflow = "error",
+    draft: opt.Draft = None, guesses: opt.Guesses = 4, overflow: opt.Overflow = "error",
     int8: opt.Int8 = False, device: opt.Device = None,
 ) -> None:
     """Go on from texts: sampling, beams and all other strategies.
@@ -256,11 +255,11 @@ def _generate(
     from minigpt.engine import generate_files as files
     files.check_output(output, overwrite, file)
     texts = files.collect_prompts(prompts, file)
-    files.check_strategy(format, num_beams, penalty_alpha, draft, num_return,
-                         batch_size, guesses, early_stopping)
+    files.check_strategy(format, num_beams, draft, num_return, batch_size,
+                         guesses, early_stopping)
     pattern = files.read_pattern(regex, choice, json_schema, ignore_end)
-    from minigpt.engine.hub import load_pair
     from minigpt.deeper.beam_search import BeamOptions
+    from minigpt.engine.hub import load_pair
     from minigpt.generation import Options
     options = Options(
         max_new_tokens=max_new_tokens, temperature=temperature,
@@ -269,8 +268,10 @@ def _generate(
         processors=files.more_rules(typical_p, presence_penalty,
                                     frequency_penalty, no_repeat_ngram_size))
     beams = None if num_beams == 1 else BeamOptions(
-        num_beams, num_return, length_penalty, files.EARLY[early_stopping],
-        num_beam_groups, diversity_penalty)
+        num_beams=num_beams, num_return=num_return,
+        length_penalty=length_penalty, num_beam_groups=num_beam_groups,
+        early_stopping=files.EARLY[early_stopping],
+        diversity_penalty=diversity_penalty)
     gpt, tokenizer = load_pair(model, device=device)
     options = files.with_texts(options, tokenizer, ban=ban, begin=begin,
                                ignore_end=ignore_end, pattern=pattern,
@@ -278,7 +279,7 @@ def _generate(
     rows = files.generate_rows(
         gpt, tokenizer, texts, options, chat=chat, int8=int8, beams=beams,
         num_return=num_return, batch_size=batch_size, draft=draft,
-        penalty_alpha=penalty_alpha, guesses=guesses, stop=stop)
+        guesses=guesses, stop=stop)
     files.write_rows(rows, output, format == "text", overwrite)
 
 # %% ../../nbs/engine/cli.ipynb #tokenizer-train

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from minigpt.engine.files import (atomic_file, decode_text, parse_json,
@@ -70,16 +71,13 @@ def collect_prompts(arguments: Sequence[str] | None,  # these come first
 EARLY = {"no": False, "yes": True, "never": "never"}  # beams: when to end
 
 # %% ../../nbs/engine/generate_files.ipynb #check-strategy
-def check_strategy(format: str, num_beams: int, penalty_alpha: float | None,
-                   draft: str | None, num_return: int, batch_size: int,
-                   guesses: int = 4, early_stopping: str = "no") -> None:
+def check_strategy(format: str, num_beams: int, draft: str | None,
+                   num_return: int, batch_size: int, guesses: int = 4,
+                   early_stopping: str = "no") -> None:
     """Raise ValueError for flags that make no sense, alone or together."""
-    used = [name for name, on in (
-        ("--num-beams", num_beams != 1), ("--draft", draft is not None),
-        ("--penalty-alpha", penalty_alpha is not None)) if on]
-    if len(used) > 1:
-        raise ValueError(f"{' and '.join(used)} exclude each other: each is "
-                         "a strategy of its own")
+    if num_beams != 1 and draft is not None:
+        raise ValueError("--num-beams and --draft exclude each other: each "
+                         "is a strategy of its own")
     if format not in ("jsonl", "text"):
         raise ValueError(f"--format {format!r} must be jsonl or text")
     if early_stopping not in EARLY:
@@ -204,59 +202,50 @@ def _encode_prompts(texts: Sequence[str], tokenizer, chat: bool
             for text in texts]
 
 # %% ../../nbs/engine/generate_files.ipynb #draw-batches
-def _draw_batches(decoder, jobs: list[tuple], options, batch_size: int
-                  ) -> Iterator[tuple]:
+def _draw_batches(decoder, jobs: Iterator[tuple], options,
+                  batch_size: int) -> Iterator[tuple]:
     """Yield (prompt number, Generation) of greedy decoding or sampling."""
     from dataclasses import replace
     from minigpt.generation import generate
-    for k in range(0, len(jobs), batch_size):
-        numbers, rows, seeds = zip(*jobs[k:k + batch_size])
+    while batch := list(islice(jobs, batch_size)):
+        numbers, rows, seeds = zip(*batch)
         own = replace(options, seed=seeds)
         yield from zip(numbers, generate(decoder.model, rows, own,
                                          decoder=decoder))
 
 # %% ../../nbs/engine/generate_files.ipynb #draw-singly
-def _draw_singly(decoder, jobs: list[tuple], options,
-                 penalty_alpha: float | None, draft, guesses: int
-                 ) -> Iterator[tuple]:
-    """The same for contrastive search and speculative decoding."""
-    from dataclasses import replace
-    from minigpt.deeper.beam_search import contrastive_search
+def _draw_singly(decoder, jobs: Iterator[tuple], options, draft,
+                 guesses: int) -> Iterator[tuple]:
+    """The same for speculative decoding."""
     from minigpt.deeper.speculative import speculate
     for number, row, seed in jobs:
-        own = replace(options, seed=seed)
-        if draft is not None:
-            tokens = speculate(decoder.model, draft, row, own,
-                               guesses=guesses, decoder=decoder)
-        else:
-            tokens = contrastive_search(
-                decoder.model, row, own, top_k=options.top_k or 4,
-                penalty_alpha=penalty_alpha, decoder=decoder)
+        tokens = speculate(decoder.model, draft, row, options, seed=seed,
+                           guesses=guesses, decoder=decoder)
         for _ in tokens:
             pass
         yield number, tokens.result
 
 # %% ../../nbs/engine/generate_files.ipynb #draw-texts
 def _draw_texts(decoder, rows: list[list[int]], options, *, beams,
-                num_return: int, batch_size: int,
-                penalty_alpha: float | None, draft, guesses: int
+                num_return: int, batch_size: int, draft, guesses: int
                 ) -> Iterator[tuple]:
     """Yield (prompt number, Generation), `num_return` for each prompt."""
-    from minigpt.deeper.beam_search import beams_of
+    from dataclasses import asdict
+    from minigpt.deeper.beam_search import beam_search
     from minigpt.engine.prompts import row_seeds
     if beams is not None:
         for number, row in enumerate(rows):
-            for text in beams_of(decoder, row, options, beams):
+            for text in beam_search(decoder.model, row, options,
+                                    decoder=decoder, **asdict(beams)):
                 yield number, text
         return
-    numbers = [n for n in range(len(rows)) for _ in range(num_return)]
-    seeds = row_seeds(options.seed, len(numbers))
-    jobs = [(n, rows[n], seed) for n, seed in zip(numbers, seeds)]
-    if penalty_alpha is None and draft is None:
+    [seed] = row_seeds(options.seed, 1)
+    numbers = (n for n in range(len(rows)) for _ in range(num_return))
+    jobs = ((n, rows[n], seed + i) for i, n in enumerate(numbers))
+    if draft is None:
         yield from _draw_batches(decoder, jobs, options, batch_size)
     else:
-        yield from _draw_singly(decoder, jobs, options, penalty_alpha, draft,
-                                guesses)
+        yield from _draw_singly(decoder, jobs, options, draft, guesses)
 
 # %% ../../nbs/engine/generate_files.ipynb #as-row
 def _as_row(prompt: str, text, tokenizer, stop: Sequence[str]) -> dict:
@@ -281,7 +270,6 @@ def generate_rows(model, tokenizer, prompts: Sequence[str],
                   beams=None,                # BeamOptions: search beams
                   num_return: int = 1,       # texts for each prompt
                   batch_size: int = 8,       # texts drawn side by side
-                  penalty_alpha: float | None = None,  # contrastive search
                   draft: str | None = None,  # ngram, bundled, or a folder
                   guesses: int = 4,          # of the draft, for each step
                   stop: Sequence[str] = ()   # texts that end a text
@@ -299,7 +287,7 @@ def generate_rows(model, tokenizer, prompts: Sequence[str],
     drawn = _draw_texts(
         Decoder(model, "int8" if int8 else "auto"), rows, options,
         beams=beams, num_return=num_return, batch_size=batch_size,
-        penalty_alpha=penalty_alpha, guesses=guesses,
+        guesses=guesses,
         draft=_make_draft(draft, options, tokenizer, model.device))
     return (_as_row(prompts[i], text, tokenizer, stop) for i, text in drawn)
 

@@ -108,8 +108,6 @@ EarlyStopping = Annotated[str, Option(help=(
     "best."))]
 NumBeamGroups = Annotated[int, Option(help="Diverse beams.")]
 DiversityPenalty = Annotated[float, Option(help="Diverse beams.")]
-PenaltyAlpha = Annotated[float | None, Option(
-    help="Contrastive search; try 0.6.")]
 Draft = Annotated[str | None, Option(help=(
     "Speculative decoding: ngram, bundled, or a model's folder."))]
 Guesses = Annotated[int, Option(help="Of the draft, for each step.")]
