@@ -230,12 +230,11 @@ def _generate(
     begin: opt.Begin = "", stop: opt.Stop = [],
     ignore_end: opt.IgnoreEnd = False, regex: opt.Regex = None,
     choice: opt.Choice = [], json_schema: opt.JsonSchema = None,
-    num_beams: opt.NumBeams = 1,
-    length_penalty: opt.LengthPenalty = 1.0,
+    num_beams: opt.NumBeams = 1, length_penalty: opt.LengthPenalty = 1.0,
     early_stopping: opt.EarlyStopping = "no",
     num_beam_groups: opt.NumBeamGroups = 1,
-    diversity_penalty: opt.DiversityPenalty = 0.0,
-    draft: opt.Draft = None, guesses: opt.Guesses = 4, overflow: opt.Overflow = "error",
+    diversity_penalty: opt.DiversityPenalty = 0.0, draft: opt.Draft = None,
+    guesses: opt.Guesses = 4, overflow: opt.Overflow = "error",
     int8: opt.Int8 = False, device: opt.Device = None,
 ) -> None:
     """Go on from texts: sampling, beams and all other strategies.
