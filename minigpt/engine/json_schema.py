@@ -146,7 +146,7 @@ _KEYS = {"object": {"properties", "required", "additionalProperties"},
          "integer": _BOUNDS, "number": _BOUNDS, "boolean": set(), "null": set()}
 _ALONE = {"$ref": set(), "anyOf": set(), "const": {"type"}, "enum": {"type"}}
 _KNOWN = {"type"}.union(_ALONE, *_KEYS.values())
-_DEEPEST, _LARGEST = 12, 2000
+_DEEPEST, _LARGEST = 24, 2000     # levels, parts
 
 
 def _fits(value: Any, kind: str) -> bool:
@@ -207,8 +207,8 @@ class _Compiler:
         if isinstance(schema, bool):
             return self.anything(2) if schema else NOTHING
         _check(isinstance(schema, dict), path, f"{schema!r:.40} is no schema")
-        _check(self.depth < _DEEPEST, path, f"deeper than {_DEEPEST} levels "
-               "(a schema that refers to itself is no regular expression)")
+        _check(self.depth < _DEEPEST, path, "nested too deeply (a schema that "
+               "refers to itself is no regular expression)")
         self.depth, self.parts = self.depth + 1, self.parts + 1
         _check(self.parts <= _LARGEST, path, f"more than {_LARGEST} parts")
         keys = set(schema) - _SILENT
@@ -311,7 +311,9 @@ class _Compiler:
 
     def _array(self, schema: dict, path: str) -> Pattern:
         low, high = _counts(schema, "Items", self.max_items, path)
+        self.depth += 2         # a list holds the pattern of its items twice
         item = self.value(schema.get("items", True), path + "/items")
+        self.depth -= 2
         return sequence(b"[", _listing(item, low, high), b"]")
 
     def _object(self, schema: dict, path: str) -> Pattern:
@@ -325,7 +327,7 @@ class _Compiler:
                    f"required {name!r} is not among the properties")
         others = schema.get("additionalProperties", given is None)
         if given is None and others is not False:
-            return self.free(self.anything(1) if others is True else
+            return self.free(self.anything(2) if others is True else
                              self.value(others, path + "/additionalProperties"))
         pairs = [(name in required, sequence(
             _dumps(name, path), b": ",
