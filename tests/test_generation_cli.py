@@ -195,7 +195,7 @@ def test_json_by_a_schema_and_choices(folder, tmp_path):
     for row in rows:
         jsonschema.validate(json.loads(row["text"]), schema)
     assert len(rows) == 8 and {row["finish_reason"] for row in rows} == {"stop"} and len({row["text"] for row in rows}) == 8
-    out, _ = run("One day", "--model", folder, "--choice", "Yes (1).", "--choice", "Né\n", "--num-return", 6, "--seed", 0)
+    out, _ = run("One day", "--model", folder, "--max-new-tokens", 20, "--choice", "Yes (1).", "--choice", "Né\n", "--num-return", 6, "--seed", 0)
     assert {json.loads(line)["text"] for line in out.splitlines()} <= {"Yes (1).", "Né\n"}
 
 
