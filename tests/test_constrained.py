@@ -8,6 +8,8 @@ import jsonschema
 import pytest
 import torch
 
+from exercise_cells import NBS, exercises, said
+from minigpt.deeper import constrained
 from minigpt.deeper.beam_search import beam_search
 from minigpt.deeper.constrained import (NOTHING, RegexConstraint, choice, choice_constraint, derive, json_constraint,
                                         may_end, one_of, repeat, sequence)
@@ -409,3 +411,31 @@ for _ in range(14):
 def test_what_is_not_supported_is_named_with_its_place(schema, message):
     said = error_of(json_schema_pattern, schema)
     assert said.startswith("ValueError: schema, #") and message in said and "\n" not in said
+
+
+# ------------------------------------------------------------------ the exercises
+
+@pytest.fixture(scope="module")
+def names():
+    """What the checks of the notebook look at: the module, and the small functions of four cells."""
+    cells = json.loads((NBS / "deeper" / "constrained.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = {cell["id"]: "".join(cell["source"]) for cell in cells}
+    space = dict(vars(constrained), json=json, parse_regex=parse_regex)
+    for name in ("fits", "json", "json-1", "json-2"):
+        exec(code[name], space)
+    return space
+
+
+@pytest.mark.parametrize("number, empty, check, solution", exercises("deeper/constrained"), ids=lambda v: v if len(v) == 13 else "")
+def test_exercise(number, empty, check, solution, names, capsys):
+    assert said(empty, check, names, capsys) == "not solved yet"
+    assert said(solution, check, names, capsys) == "correct"
+
+
+@pytest.mark.parametrize("number, wrong, message", [
+    (1, r"times = r'\d\d:\d\d'", "00:60 is too much"), (1, r"times = r'[01]\d:[0-5]\d'", "20:00 is missing"),
+    (2, "def derive_and(p, byte):\n    return 'and', derive(p[1], byte), p[2]\ndef may_end_and(p):\n    return may_end(p[1])",
+     "'ab' is"), (3, "value_3 = lambda schema: value({'type': 'array', 'items': {'type': 'integer'}})", "[null, 7, true] is missing")])
+def test_checks_of_exercises_find_mistakes(number, wrong, message, names, capsys):
+    check = exercises("deeper/constrained")[number - 1][2]
+    assert said(wrong, check, names, capsys).startswith(message)
