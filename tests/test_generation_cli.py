@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from command_line import minigpt
 
@@ -195,6 +196,34 @@ def test_many_texts_begin_at_once(folder):
         process.stdout.close()
 
 
+def test_json_by_a_schema_and_choices(folder, tmp_path):
+    """Several texts of a model that says anything, in little room; each ends and is valid."""
+    schema = {"type": "object", "required": ["name", "tags"], "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 12},
+        "tags": {"type": "array", "items": {"enum": ["é", "cat"]}, "minItems": 1, "maxItems": 3}, "age": {"type": "integer"}}}
+    (tmp_path / "pet.json").write_text(json.dumps(schema), encoding="utf-8")
+    out, _ = run("One day", "Two", "--model", folder, "--json-schema", tmp_path / "pet.json", "--max-new-tokens", 45,
+                 "--num-return", 4, "--seed", 0, "--temperature", 1.3)
+    rows = [json.loads(line) for line in out.splitlines()]
+    for row in rows:
+        jsonschema.validate(json.loads(row["text"]), schema)
+    assert len(rows) == 8 and {row["finish_reason"] for row in rows} == {"stop"} and len({row["text"] for row in rows}) == 8
+    out, _ = run("One day", "--model", folder, "--max-new-tokens", 20, "--choice", "Yes (1).", "--choice", "Né\n", "--num-return", 6, "--seed", 0)
+    assert {json.loads(line)["text"] for line in out.splitlines()} <= {"Yes (1).", "Né\n"}
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"type": "object", "properties": {"a": {"allOf": []}}}', "schema, #/properties/a: 'allOf' is not supported"),
+    ('{"type": }', "line 1: not valid JSON"), ("[1]", "[1] is no schema"), ("[" * 5000, "nested too deeply"),
+    ('{"type": "string", "minLength": 4000}', "max_new_tokens=40 must be"),
+    ('{"$ref": "#"}', "refers to itself"), ('{"enum": []}', "no value is valid")])
+def test_broken_schemas_are_one_line(folder, tmp_path, text, message):
+    (tmp_path / "s.json").write_text(text, encoding="utf-8")
+    out, errors = run("x", "--model", folder, "--json-schema", tmp_path / "s.json", "--max-new-tokens", 40, code=2)
+    assert message in errors and out == "" and len(errors.strip().splitlines()) == 1
+    assert "s.json" in errors or "max_new_tokens" in message
+
+
 def test_a_chat_and_a_stop_string_through_a_pipe():
     out, _ = run_process("--chat", "--temperature", 0, "--max-new-tokens", 24, "--stop", ".", data=b"What is a whale?\n")
     row = json.loads(out)
@@ -209,6 +238,8 @@ def test_a_chat_and_a_stop_string_through_a_pipe():
     (["x", "--num-beams", "4", "--draft", "ngram"], b"", "exclude each other"), (["x", "--format", "xml"], b"", "'xml'"),
     (["x", "--num-beams", "2", "--num-return", "3"], b"", "num_return=3"), (["x", "--regex", "("], b"", "never closed"),
     (["x", "--num-beams", "100000000", "--max-new-tokens", "4"], b"", "ask for"),
+    (["x", "--regex", "a", "--choice", "a"], b"", "--regex and --choice exclude"), (["x", "--choice", "caf\udce9"], b"", "half a character"),
+    (["x", "--json-schema", "nowhere.json"], b"", "nowhere.json"), (["x", "--ignore-end", "--regex", "a"], b"", "--regex and --ignore-end"),
     (["x", "--file", "nowhere.txt"], b"", "nowhere.txt"), (["x", "--model", "nowhere"], b"", "nowhere"),
     (["word " * 80], b"", "exceed the context of 64"), (["x", "--max-new-tokens", "99"], b"", "exceed the context of 64"),
     (["x", "--overflow", "wrap"], b"", "overflow='wrap'"), (["x", "--num-return", "0"], b"", "--num-return 0"),
@@ -236,7 +267,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.decode()
     out, _ = run("--help")
-    for flag in ("--num-return", "--num-beams", "--draft", "--regex", "--typical-p", "--overflow"):
+    for flag in ("--num-return", "--num-beams", "--draft", "--regex", "--json-schema", "--typical-p", "--overflow"):
         assert flag in out
 
 

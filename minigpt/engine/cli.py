@@ -229,12 +229,12 @@ def _generate(
     no_repeat_ngram_size: opt.NoRepeat = None, ban: opt.Ban = [],
     begin: opt.Begin = "", stop: opt.Stop = [],
     ignore_end: opt.IgnoreEnd = False, regex: opt.Regex = None,
-    choice: opt.Choice = [], num_beams: opt.NumBeams = 1,
-    length_penalty: opt.LengthPenalty = 1.0,
+    choice: opt.Choice = [], json_schema: opt.JsonSchema = None,
+    num_beams: opt.NumBeams = 1, length_penalty: opt.LengthPenalty = 1.0,
     early_stopping: opt.EarlyStopping = "no",
     num_beam_groups: opt.NumBeamGroups = 1,
-    diversity_penalty: opt.DiversityPenalty = 0.0,
-    draft: opt.Draft = None, guesses: opt.Guesses = 4, overflow: opt.Overflow = "error",
+    diversity_penalty: opt.DiversityPenalty = 0.0, draft: opt.Draft = None,
+    guesses: opt.Guesses = 4, overflow: opt.Overflow = "error",
     int8: opt.Int8 = False, device: opt.Device = None,
 ) -> None:
     """Go on from texts: sampling, beams and all other strategies.
@@ -246,6 +246,7 @@ def _generate(
       minigpt generate --file prompts.txt --output drawn.jsonl --seed 1
       cat questions.txt | minigpt generate --chat --format text
       minigpt generate --chat "Is the sun hot?" --choice Yes. --choice No.
+      minigpt generate --chat "Make up a pet." --json-schema pet.json
 
     Each result is one line of JSON: prompt, text, tokens, finish_reason
     (stop or length) and logprob (or score, for beams).
@@ -255,6 +256,7 @@ def _generate(
     texts = files.collect_prompts(prompts, file)
     files.check_strategy(format, num_beams, draft, num_return, batch_size,
                          guesses, early_stopping)
+    pattern = files.read_pattern(regex, choice, json_schema, ignore_end)
     from minigpt.deeper.beam_search import BeamOptions
     from minigpt.engine.hub import load_pair
     from minigpt.generation import Options
@@ -271,8 +273,8 @@ def _generate(
         diversity_penalty=diversity_penalty)
     gpt, tokenizer = load_pair(model, device=device)
     options = files.with_texts(options, tokenizer, ban=ban, begin=begin,
-                               ignore_end=ignore_end, regex=regex,
-                               choice=choice, stop=stop)
+                               ignore_end=ignore_end, pattern=pattern,
+                               stop=stop)
     rows = files.generate_rows(
         gpt, tokenizer, texts, options, chat=chat, int8=int8, beams=beams,
         num_return=num_return, batch_size=batch_size, draft=draft,

@@ -92,6 +92,8 @@ IgnoreEnd = Annotated[bool, Option(
     "--ignore-end", help="Never end early.")]
 Regex = Annotated[str | None, Option(help="The text has to match this.")]
 Choice = Annotated[list[str], Option(help="An allowed text; repeatable.")]
+JsonSchema = Annotated[Path | None, Option(parser=path, help=(
+    "The text has to be JSON that is valid by the schema in this file."))]
 Overflow = Annotated[str, Option(help=(
     "If it is too long for the model: error, truncate, or slide."))]
 
