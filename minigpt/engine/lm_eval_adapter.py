@@ -16,7 +16,8 @@ import torch
 
 from .baselines import open_model
 from .chat_format import ChatRenderer
-from ..evaluation import EVAL, score_ids, score_rows
+from .choices import EVAL
+from ..evaluation import score_ids, score_rows
 from ..generation import Options, stream_text
 from .devices import pick_device
 
