@@ -9,11 +9,17 @@ import torch
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats
+from minigpt.deeper.calibration import calibration
+from minigpt.deeper.text_metrics import (
+    NOT_SAID, bleu, chrf, distinct, exact_match, reading_rates, repetition, token_f1, tokenize_13a)
+from minigpt.engine.choices import (
+    Question, _option_ids as option_ids, _read_question as read_question, choice_accuracy, credit, load_questions,
+    score_options)
+from minigpt.engine.ngram import NGram
+from minigpt.engine.replies import reply_all
+from minigpt.engine.report import _accuracy_by_group as accuracy_by_group
 from minigpt.evaluation import (
-    NOT_SAID, NGram, NGramDecoder, Question, Scored, Scores, accuracy_by_group, answer_chats, bits_per_byte, bleu,
-    bootstrap, calibration, choice_accuracy, chrf, credit, distinct, exact_match, load_questions, option_ids,
-    perplexity, read_question, reading_rates, repetition, score_chats, score_ids, score_options, score_rows,
-    score_texts, token_f1, tokenize_13a, windows)
+    Scored, Scores, bits_per_byte, bootstrap, perplexity, score_chats, score_ids, score_rows, score_texts, windows)
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -375,7 +381,7 @@ def test_ngram_is_a_distribution_and_equals_the_recursion():
 
 def test_ngram_generates_as_a_plain_loop(trigram):
     prompts = [[0, 1, 400], [0, 1], [0, 1, 5, 6, 7]]
-    drawn = generate(trigram, prompts, max_new_tokens=12, temperature=0, stop_ids=[2], decoder=NGramDecoder(trigram))
+    drawn = generate(trigram, prompts, max_new_tokens=12, temperature=0, stop_ids=[2], decoder=trigram.decoder())
     for prompt, generation in zip(prompts, drawn):
         ids = list(prompt)
         while len(ids) < len(prompt) + 12 and (token := int(trigram.probabilities(ids).argmax())) != 2:
@@ -387,9 +393,15 @@ def test_answers_do_not_depend_on_the_batch(tokenizer):
     torch.manual_seed(3)
     model = GPT2(GPT2Config.preset("mini", n_layer=1)).eval()
     renderer = ChatRenderer(tokenizer)
-    asked = [c["messages"][:-1] for c in load_chats("held", limit=7)]
-    together = answer_chats(model, renderer, asked, max_new_tokens=8)
-    assert together == [answer_chats(model, renderer, [a], max_new_tokens=8)[0] for a in asked]
+    asked = load_chats("held", limit=7)
+    together = reply_all(model, renderer, asked, max_new_tokens=8)
+    assert together == [reply_all(model, renderer, [a], max_new_tokens=8)[0] for a in asked]
+    open_ended = [{"messages": c["messages"][:-1]} for c in asked]              # a last answer is left out
+    assert together == reply_all(model, renderer, open_ended, max_new_tokens=8)
+    seeds = [5, 9, 2, 1, 3, 8, 7]                                               # and so with draws, a seed for each
+    drawn = reply_all(model, renderer, asked, max_new_tokens=8, seed=seeds, temperature=1.0, batch_size=3)
+    assert drawn[3] == reply_all(model, renderer, [asked[3]], max_new_tokens=8, seed=[1], temperature=1.0)[0]
+    assert drawn != together
 
 
 def test_a_question_that_does_not_fit_is_answered_with_nothing(tokenizer):
@@ -397,17 +409,17 @@ def test_a_question_that_does_not_fit_is_answered_with_nothing(tokenizer):
     torch.manual_seed(3)
     model = GPT2(GPT2Config.preset("mini", n_layer=1, block_size=64)).eval()
     renderer = ChatRenderer(tokenizer)
-    long = [{"role": "user", "content": "so " * 100}]
-    short = [[{"role": "user", "content": text}] for text in ("Hi!", "What is a whale?")]
+    long, *short = [{"messages": [{"role": "user", "content": text}]} for text in ("so " * 100, "Hi!", "What is a whale?")]
     with pytest.warns(UserWarning, match="1 of 3 conversations"):
-        found = answer_chats(model, renderer, [short[0], long, short[1]], max_new_tokens=8)
-    assert found[1] == "" and [found[0], found[2]] == answer_chats(model, renderer, short, max_new_tokens=8)
+        found = reply_all(model, renderer, [short[0], long, short[1]], max_new_tokens=8)
+    assert found[1] == ("", [], "length")
+    assert [found[0], found[2]] == reply_all(model, renderer, short, max_new_tokens=8)
     with pytest.warns(UserWarning, match="2 of 2 conversations"):
-        assert answer_chats(model, renderer, short, max_new_tokens=64) == ["", ""]        # no room at all
-    old = [{"role": "user", "content": "so " * 40}, {"role": "assistant", "content": "No."}, *short[1]]
-    assert answer_chats(model, renderer, [old], max_new_tokens=8) == [found[2]]           # as before: the oldest go
-    with pytest.raises(ValueError, match="not the user's"):
-        answer_chats(model, renderer, [short[0], old[:2]], max_new_tokens=8)
+        assert [r.text for r in reply_all(model, renderer, short, max_new_tokens=64)] == ["", ""]       # no room at all
+    old = [{"role": "user", "content": "so " * 40}, {"role": "assistant", "content": "No."}, *short[1]["messages"]]
+    assert reply_all(model, renderer, [{"messages": old}], max_new_tokens=8) == [found[2]]       # the oldest go
+    with pytest.raises(ValueError, match="the user has to begin"):
+        reply_all(model, renderer, [short[0], {"messages": [{"role": "system", "content": "Be kind."}]}], max_new_tokens=8)
 
 
 # ------------------------------------------------------------------ text measures

@@ -12,7 +12,7 @@ import torch
 from command_line import minigpt
 
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.evaluation import load_questions
+from minigpt.engine.choices import load_questions
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.engine.lm_eval_adapter import TASKS, MiniGPTLM, _read_settings
 

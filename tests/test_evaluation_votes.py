@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from browsers import BROWSER, launch
 
-from minigpt.evaluation import (
+from minigpt.deeper.human_eval import (
     Ballot, Match, Vote, Votes, agreement, bradley_terry, krippendorff_alpha, make_matches, rate, sign_test,
     temperature_matches, vote_summary, votes_needed, win_table)
 from minigpt.engine.vote_ui import BUTTONS, ballot_html, rating_figure, vote_panel
@@ -37,7 +37,7 @@ def add_many(path, rater, count):
 def test_a_killed_process_loses_no_vote(tmp_path):
     """A process is killed (no clean-up at all) right after `add` returned; half a line is left behind besides."""
     path = tmp_path / "votes.jsonl"
-    code = ("import os, sys\nfrom minigpt.evaluation import Vote, Votes\nvotes = Votes(sys.argv[1])\n"
+    code = ("import os, sys\nfrom minigpt.deeper.human_eval import Vote, Votes\nvotes = Votes(sys.argv[1])\n"
             "for i in range(20):\n    votes.add(Vote('ada', str(i), 'A', 'B', 'left'))\n"
             "with open(sys.argv[1], 'a') as f:\n    f.write('{\"rater\": \"ad')\n    f.flush()\n    os._exit(9)\n")
     run = subprocess.run([sys.executable, "-c", code, str(path)], env=os.environ | {
@@ -309,14 +309,14 @@ def test_matches_come_from_answers():
 def test_a_model_against_itself():
     from minigpt.engine.tokenizer import Tokenizer
     from minigpt.engine.chat_format import ChatRenderer
-    from minigpt.evaluation import answer_chats
+    from minigpt.engine.replies import reply_all
     from minigpt.engine.baselines import open_model
     model, renderer = open_model("untrained")[0], ChatRenderer(Tokenizer.from_pretrained())
     matches = temperature_matches(model, renderer, ["Hi!", "Why?"], (0, 0.7, 2), max_new_tokens=4, seed=5)
     assert [list(m.answers) for m in matches] == [["temperature 0", "temperature 0.7", "temperature 2"]] * 2
-    asked = [[{"role": "user", "content": text}] for text in ("Hi!", "Why?")]
-    assert [m.answers["temperature 2"] for m in matches] == answer_chats(
-        model, renderer, asked, max_new_tokens=4, temperature=2, seed=5)
+    asked = [{"messages": [{"role": "user", "content": text}]} for text in ("Hi!", "Why?")]
+    assert [m.answers["temperature 2"] for m in matches] == [reply.text for reply in reply_all(
+        model, renderer, asked, max_new_tokens=4, temperature=2, seed=5)]
 
 
 # ------------------------------------------------------------------ the front ends
@@ -359,7 +359,7 @@ def tab(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    code = ("import sys\nimport gradio as gr\nfrom minigpt.evaluation import Match\nfrom minigpt.engine.vote_ui import vote_tab\n"
+    code = ("import sys\nimport gradio as gr\nfrom minigpt.deeper.human_eval import Match\nfrom minigpt.engine.vote_ui import vote_tab\n"
             "m = [Match(f'q{i}', f'Prompt {i}?', {'big': f'big <b>says</b> {i}', 'small': f'small says {i}'})"
             " for i in range(3)]\n"
             "with gr.Blocks() as app:\n    with gr.Tab('Vote'):\n        vote_tab(lambda: m, sys.argv[1])\n"

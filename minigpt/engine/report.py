@@ -27,11 +27,16 @@ from .everyday import (
     KINDS, ask_rows, judge, load_everyday, tally)
 from .files import (
     refuse_existing, refuse_unwritable, write_files)
+from ..deeper.calibration import calibration
+from minigpt.deeper.text_metrics import (
+    bleu_estimate, chrf, distinct, exact_match, reading_rates, repetition,
+    token_f1)
+from minigpt.engine.choices import (
+    OptionScore, Question, choice_accuracy, credit, load_questions,
+    score_options)
+from .replies import reply_all
 from ..evaluation import (
-    Estimate, Scores, accuracy_by_group, answer_chats, bleu_estimate,
-    bootstrap, calibration, choice_accuracy, chrf, credit, distinct,
-    exact_match, load_questions, reading_rates, repetition, score_chats,
-    score_options, token_f1)
+    Estimate, Scores, bootstrap, paired_difference, score_chats, wilson)
 
 # %% ../../nbs/engine/report.ipynb #suite
 @dataclass(frozen=True)
@@ -121,6 +126,18 @@ def take_evenly(items: Sequence, limit: int | None) -> list:
     n = len(items) if limit is None else min(limit, len(items))
     return [items[i * len(items) // n] for i in range(n)]
 
+# %% ../../nbs/engine/report.ipynb #bygroup
+def _accuracy_by_group(questions: Sequence[Question],
+                       scored: Sequence[Sequence[OptionScore]]
+                       ) -> dict[str, Estimate]:
+    """choice_accuracy for each group of questions, sorted by name."""
+    groups: dict[str, list[int]] = {}
+    for i, q in enumerate(questions):
+        groups.setdefault(q.group, []).append(i)
+    return {name: choice_accuracy([questions[i] for i in members],
+                                  [scored[i] for i in members])
+            for name, members in sorted(groups.items())}
+
 # %% ../../nbs/engine/report.ipynb #partchoices
 def choices_part(model: nn.Module, tokenizer: BPETokenizer,
                  limit: int | None = None, *, batch_tokens: int | None = None,
@@ -133,16 +150,16 @@ def choices_part(model: nn.Module, tokenizer: BPETokenizer,
                                 batch_tokens=batch_tokens))
     both = {name: (items, [next(scored) for _ in items])
             for name, items in sets.items()}
-    guessed = [[options[0].greedy, 1] for options in both["cloze"][1]]
+    guessed = [options[0].greedy for options in both["cloze"][1]]
     right = [credit(*pair) for name in ("questions", "goals", "pairs")
              for pair in zip(*both[name])]
     return {name: {by: [*choice_accuracy(*both[name], by)]
                    for by in ("sum", "token", "byte")}
             for name in ("questions", "goals")} | {
-        "cloze": [*bootstrap(guessed, lambda s: s[0] / s[1])],
+        "cloze": [*wilson(sum(guessed), len(guessed))],
         "pairs": [*choice_accuracy(*both["pairs"])],
         "grammar": {group: [*share] for group, share
-                    in accuracy_by_group(*both["pairs"]).items()},
+                    in _accuracy_by_group(*both["pairs"]).items()},
         "rows": right}
 
 # %% ../../nbs/engine/report.ipynb #everydaypart
@@ -183,9 +200,9 @@ def run_suite(model: nn.Module, tokenizer: BPETokenizer, *,
     renderer, asked = renderer_for(tokenizer), chats[:plan.answers]
     how = {"batch_tokens": batch_tokens, "progress": progress}
     scores = score_chats(model, renderer, chats, **how)
-    prompts = [c["messages"][:-1] for c in asked]
-    answers = answer_chats(model, renderer, prompts, progress=progress,
-                           max_new_tokens=plan.max_new_tokens)
+    replies = reply_all(model, renderer, asked, progress=progress,
+                        max_new_tokens=plan.max_new_tokens)
+    answers = [reply.text for reply in replies]
     return {"name": name, "suite": label, "plan": asdict(plan),
             "vocab_size": model.config.vocab_size,
             "held": held_part(scores, by_kind(chats)),
@@ -248,12 +265,6 @@ def report_table(reports: Sequence[dict]  # of run_suite
                                in zip(line, widths)).rstrip()
                      for line in lines)
 
-# %% ../../nbs/engine/report.ipynb #pairedgain
-def paired_gain(a: Sequence[float], b: Sequence[float]) -> Estimate:
-    """Mean of b - a over the same items, with its interval."""
-    return bootstrap(np.stack([a, b, np.ones(len(a))], 1),
-                     lambda s: (s[1] - s[0]) / s[2])
-
 # %% ../../nbs/engine/report.ipynb #compare
 def compare(a: dict, b: dict  # reports of run_suite
             ) -> dict[str, Estimate]:
@@ -271,20 +282,20 @@ def compare(a: dict, b: dict  # reports of run_suite
     f1 = ([row["f1"] for row in r["answers"]["rows"]] for r in (a, b))
     return {"bits per byte": bootstrap(np.hstack(rows), lambda s: (
                 s[4] / s[6] - s[0] / s[2]) / math.log(2)),
-            "answers: F1": paired_gain(*f1),
-            "choices (sum)": paired_gain(a["choices"]["rows"],
-                                         b["choices"]["rows"])} | (
-        {"everyday": paired_gain(*right)} if right[0] else {})
+            "answers: F1": paired_difference(*f1),
+            "choices (sum)": paired_difference(a["choices"]["rows"],
+                                               b["choices"]["rows"])} | (
+        {"everyday": paired_difference(*right)} if right[0] else {})
 
 # %% ../../nbs/engine/report.ipynb #draw
 def _bars(ax, reports: Sequence[dict], pick: Callable[[dict], dict]) -> None:
     names = list(pick(reports[-1]))
     high = 0.8 / len(reports)
     for n, report in enumerate(reports):
-        value = np.array([pick(report).get(k, [np.nan] * 3) for k in names])
+        value = np.array([pick(report).get(k, [np.nan] * 4) for k in names])
         ax.barh(np.arange(len(names)) - 0.4 + (n + 0.5) * high, value[:, 0],
                 high, label=report["name"], ecolor="gray",
-                xerr=np.abs(value[:, 1:] - value[:, :1]).T,
+                xerr=np.abs(value[:, 1:3] - value[:, :1]).T,
                 error_kw={"lw": 1})
     labels = [name.replace("_", " ") for name in names]
     ax.set(yticks=range(len(names)), yticklabels=labels)

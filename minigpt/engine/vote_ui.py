@@ -11,7 +11,7 @@ from functools import cache
 from html import escape
 from pathlib import Path
 
-from ..evaluation import (
+from ..deeper.human_eval import (
     Ballot, Match, Votes, rate, vote_summary)
 
 # %% ../../nbs/engine/vote_ui.ipynb #blindhtml
