@@ -21,7 +21,7 @@ _HOMES = {
     "KVCache": "generation", "generate": "generation",
     "stream": "generation", "beam_search": "generation",
     "perplexity": "evaluation", "bits_per_byte": "evaluation",
-    "bleu": "deeper.text_metrics", "Votes": "deeper.human_eval",
+    "bleu": "deeper.text_metrics", "Votes": "engine.ballots",
     "finetune": "finetuning",
     "dpo": "finetuning", "LoraConfig": "lora", "apply_lora": "lora",
     "merge_lora": "lora", "save_adapter": "lora", "load_adapter": "lora",

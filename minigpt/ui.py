@@ -798,7 +798,7 @@ def duel(session: ChatSession, systems: dict[str, dict],
 
     systems: {name: attributes of a session}; names: the two that answer.
     """
-    from minigpt.deeper.human_eval import Match
+    from minigpt.engine.ballots import Match
     if len(set(names)) < 2:
         raise ValueError(f"{names[0]!r} against itself says nothing: choose "
                          "two")
@@ -830,7 +830,7 @@ def duel_tab(visitors: Visitors, systems: dict[str, dict],
     """The part of a Gradio page that compares two systems, blind."""
     import gradio as gr
 
-    from minigpt.deeper.human_eval import Ballot, Votes
+    from minigpt.engine.ballots import Ballot, Votes
     hidden, votes = {"api_visibility": "private"}, Votes(path)
     names, ballot = list(systems), gr.State(None)
     with gr.Row():
