@@ -343,7 +343,7 @@ def _bars(ax: Any, reports: Sequence[dict], panel: str) -> None:
                 error_kw={"lw": 1})
     ax.set(yticks=range(len(names)), title=panel, yticklabels=[
         name.replace("_", " ") for name in names])
-    ax.set_xlim(*((0, 1) if all(m.share for m in shown) else (0, None)))
+    ax.set_xlim(left=0)
     ax.invert_yaxis()
 
 
@@ -377,13 +377,11 @@ def draw_report(reports: Sequence[dict]):  # of run_suite
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>minigpt eval</title><style>:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: 62rem; padding: 0 1rem }}
+body {{ font: 16px/1.5 system-ui; margin: 2rem auto; max-width: 62rem }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto }}
 td, th {{ padding: .2rem .8rem; text-align: left; vertical-align: top;
-  border-bottom: 1px solid #8884 }} td {{ white-space: pre-wrap }}
-img {{ max-width: 100%; background: white }}
-</style><h1>minigpt eval: {names}</h1>
+  border-bottom: 1px solid #8884; white-space: pre-wrap }}
+img {{ max-width: 100%; background: white }}</style><h1>minigpt eval: {names}</h1>
 <p>Suite {suite}. Brackets hold 95 % intervals, n is the number of rows.</p>
 {tables}<img alt="Charts that compare the models" src="{image}">
 <h2>Answers</h2>{answers}</html>
