@@ -119,8 +119,9 @@ def _as_references(hypotheses: Sequence[str],
         raise ValueError("hypotheses and references must be lists of texts, "
                          "a str was given: put it into a list")
     if not hypotheses or len(hypotheses) != len(references):
-        raise ValueError(f"{len(hypotheses)} hypotheses, {len(references)} "
-                         "references: give one or more, and as many of each")
+        raise ValueError(f"{len(hypotheses)} hypotheses and "
+                         f"{len(references)} references: give one or more, "
+                         "and as many of each")
     lists = [[r] if isinstance(r, str) else list(r) for r in references]
     if [] in lists:
         raise ValueError(f"hypothesis {lists.index([])} has no reference")
