@@ -87,7 +87,7 @@ def test_shares_have_wilsons_interval_and_all_numbers_their_n(reports):
                 assert n > 0
                 if metric(name).share:
                     assert [value, low, high, n] == pytest.approx(list(wilson(value * n, n))) and low < high
-        assert all(f" n={n}" in row[1] for row, n in zip(report_tables([report])[""][1:], (
+        assert all(row[1].endswith(f" n={n}" + " (few)" * (n < 20)) for row, n in zip(report_tables([report])[""][1:], (
             n for kinds in report["measures"].values() for _, _, _, n in kinds.values())))
 
 
@@ -126,7 +126,7 @@ def test_a_metric_is_one_entry(reports, monkeypatch):
     tables = report_tables(short)
     lengths = [[len(row["said"]) for row in r["rows"]["answers"]] for r in reports]
     assert [row[0] for row in tables[""]][:2] == ["", "letters"] and len(tables[""]) > 2
-    assert tables[""][1][1].startswith(f"{np.mean(lengths[0]):.4g} [") and tables[""][1][1].endswith(" n=8")
+    assert tables[""][1][1].startswith(f"{np.mean(lengths[0]):.4g} [") and tables[""][1][1].endswith(" n=8 (few)")
     [[_, gain]] = tables["untrained minus ngram"][1:]
     assert gain.startswith(f"{np.mean(lengths[0]) - np.mean(lengths[1]):.4g} [")
     [bars, _] = draw_report(short).axes

@@ -290,8 +290,9 @@ def compare(a: dict, b: dict  # reports of run_suite
 
 # %% ../../nbs/engine/report.ipynb #rows
 def _cell(value: float, low: float | None, high: float | None, n: int) -> str:
-    return f"{value:.4g} n={n}" if low is None else str(
+    text = f"{value:.4g} n={n}" if low is None else str(
         Estimate(value, low, high, n))
+    return text + " (few)" * (n < 20)
 
 
 def _lines(report: dict) -> dict[str, str]:
@@ -313,7 +314,7 @@ def report_tables(reports: Sequence[dict]  # of run_suite
     for other in reports[1:]:
         gains = compare(other, reports[0])
         tables[f"{names[0]} minus {other['name']}"] = [
-            ["", "difference"], *([m, str(x)] for m, x in gains.items())]
+            ["", "difference"], *([m, _cell(*x)] for m, x in gains.items())]
     return tables
 
 # %% ../../nbs/engine/report.ipynb #table
@@ -382,7 +383,8 @@ table {{ border-collapse: collapse; display: block; overflow-x: auto }}
 td, th {{ padding: .2rem .8rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid #8884; white-space: pre-wrap }}
 img {{ max-width: 100%; background: white }}</style><h1>minigpt eval: {names}</h1>
-<p>Suite {suite}. Brackets hold 95 % intervals, n is the number of rows.</p>
+<p>Suite {suite}. Brackets hold 95 % intervals, n is the number of rows;
+(few): less than 20, do not build on the interval.</p>
 {tables}<img alt="Charts that compare the models" src="{image}">
 <h2>Answers</h2>{answers}</html>
 """
