@@ -1,4 +1,4 @@
-"""Chapter 06: likelihood, BLEU and chrF, choices, and text measures against peers and second ways."""
+"""Chapter 06: likelihood, intervals, choices, n-grams and replies against second ways."""
 import math
 import random
 
@@ -9,11 +9,14 @@ import torch
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats
+from minigpt.deeper.calibration import calibration
+from minigpt.engine.choices import (
+    Question, _option_ids as option_ids, _read_question as read_question, choice_accuracy, credit, load_questions,
+    score_options)
+from minigpt.engine.ngram import NGram
+from minigpt.engine.replies import reply_all
 from minigpt.evaluation import (
-    NOT_SAID, NGram, NGramDecoder, Question, Scored, Scores, accuracy_by_group, answer_chats, bits_per_byte, bleu,
-    bootstrap, calibration, choice_accuracy, chrf, credit, distinct, exact_match, load_questions, option_ids,
-    perplexity, read_question, reading_rates, repetition, score_chats, score_ids, score_options, score_rows,
-    score_texts, token_f1, tokenize_13a, windows)
+    Scored, Scores, bits_per_byte, bootstrap, perplexity, score_chats, score_ids, score_rows, score_texts, windows)
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -150,6 +153,15 @@ def test_bad_input_is_named(nano, tokenizer, call, words):
         call(nano, tokenizer)
 
 
+def test_scores_subset_and_columns():
+    docs = [Scored(torch.full((n,), -1.0), torch.arange(n) % 2 == 0, torch.ones(n)) for n in (2, 3, 4)]
+    scores = Scores(docs, [4, 5, 6])
+    assert scores.columns().tolist() == [[2, 2, 4, 1], [3, 3, 5, 2], [4, 4, 6, 2]]
+    assert scores.subset([2, 0]).columns().tolist() == [[4, 4, 6, 2], [2, 2, 4, 1]]
+    assert scores.perplexity().value == pytest.approx(math.e)
+    assert Question("c", ("a",)).group == ""
+
+
 # ------------------------------------------------------------------ intervals, calibration
 
 def test_bootstrap_interval_equals_scipys():
@@ -191,90 +203,6 @@ def test_calibration_equals_a_plain_loop():
     assert calibration(torch.ones(3), torch.ones(3)).error == 0       # confidence 1.0 has a bin, too
 
 
-# ------------------------------------------------------------------ BLEU and chrF
-
-VOCABULARY = ("the a cat dog sat on mat is not fish, air. \"well\" it's 3.5 1,000 well-known x-1 5-6 (a) &amp; &quot; é ü "
-              "狐 🦊 <skipped> U.S. e.g. -\n \n \t $5 50% a/b [x] {y} ~ ` ^ _ @ # * + = | \\ ; : ! ? ... 'tis don't 1.000,5"
-              ).split(" ")
-EDGES = [
-    ([""], [[""]]), ([""], [["a b"]]), (["a"], [[""]]), (["a"], [["a"]]), (["a b c"], [["a b c"]]),
-    (["a b c d"], [["a b c d"]]), (["x"], [["a b c d e f"]]), ([".", ","], [["."], ["."]]),
-    (["the the the the the"], [["the cat"]]), (["a b c d e"], [["a b", "a b c d e f g h"]]),
-    (["a b c"], [["a b", "a b c d"]]), (["A B C D"], [["a b c d"]]), (["  a  b  "], [["a b"]]),
-    (["&lt;b&gt; &amp;amp;"], [["<b> &amp;"]]), (["a" * 300], [["a" * 299]]), (["", "a b c d"], [["x"], ["a b c d"]]),
-    (["ｆｕｌｌ　ｗｉｄｔｈ"], [["full width"]]), (["a\u00a0b\u2003c"], [["a b c"]]),
-]
-
-
-def random_case(rng):
-    def sentence(n):
-        return " ".join(rng.choice(VOCABULARY) for _ in range(n))
-
-    hypotheses = [sentence(rng.choice([0, 1, 2, 3, 4, 5, 8, 15])) for _ in range(rng.choice([1, 1, 2, 5]))]
-    several = rng.choice([1, 1, 2, 3])
-    references = []
-    for h in hypotheses:
-        own = []
-        for _ in range(several):
-            words = h.split(" ") if rng.random() < 0.6 else sentence(rng.choice([0, 1, 2, 3, 6, 12])).split(" ")
-            for _ in range(rng.randint(0, 3)):
-                words[rng.randrange(len(words))] = rng.choice(VOCABULARY)
-            if rng.random() < 0.2:
-                rng.shuffle(words)
-            own.append(" ".join(words))
-        references.append(own)
-    return hypotheses, references
-
-
-def test_bleu_and_chrf_equal_sacrebleu(ledger):
-    metrics = pytest.importorskip("sacrebleu.metrics")
-    rng = random.Random(0)
-    cases = EDGES + [random_case(rng) for _ in range(500)]
-    worst = {"bleu": 0.0, "chrf": 0.0}
-    for hypotheses, references in cases:
-        streams = [list(s) for s in zip(*references)]
-        for smoothing in ("exp", "floor", "add-k", "none"):
-            value = rng.choice([None, 0.3]) if smoothing in ("floor", "add-k") else None
-            effective, lower, order = rng.random() < 0.5, rng.random() < 0.3, rng.choice([4, 4, 4, 2, 1, 5])
-            theirs = metrics.BLEU(smooth_method=smoothing, smooth_value=value, effective_order=effective,
-                                  lowercase=lower, max_ngram_order=order).corpus_score(hypotheses, streams)
-            ours = bleu(hypotheses, references, smoothing=smoothing, smooth_value=value, effective_order=effective,
-                        lowercase=lower, max_order=order)
-            worst["bleu"] = max(worst["bleu"], abs(ours.score - theirs.score))
-            assert ours.brevity_penalty == pytest.approx(theirs.bp, abs=1e-12)
-            assert (ours.hypothesis_length, ours.reference_length) == (theirs.sys_len, theirs.ref_len)
-        words, chars, beta = rng.choice([0, 2]), rng.choice([6, 6, 3, 1]), rng.choice([2, 1, 3])
-        theirs = metrics.CHRF(word_order=words, char_order=chars, beta=beta, lowercase=lower)
-        ours = chrf(hypotheses, references, word_order=words, char_order=chars, beta=beta, lowercase=lower)
-        worst["chrf"] = max(worst["chrf"], abs(ours - theirs.corpus_score(hypotheses, streams).score))
-    for name, difference in worst.items():
-        ledger(f"{name} on {len(cases)} random and edge cases", difference, peer="sacrebleu", bound=1e-9)
-        assert difference <= 1e-9, name
-
-
-def test_13a_tokens_equal_sacrebleus():
-    peer = pytest.importorskip("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()
-    rng = random.Random(5)
-    alphabet = [chr(c) for c in range(32, 127)] + list("\n\té狐🦊“”—…0123456789.,.,--&;") + ["&lt;", "<skipped>", "-\n"]
-    for _ in range(500):
-        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 40)))
-        assert tokenize_13a(text) == peer(text).split(), repr(text)
-
-
-@pytest.mark.parametrize("call,words", [
-    (lambda: bleu("a", ["a"]), "lists of texts"),
-    (lambda: bleu(["a"], "a"), "lists of texts"),
-    (lambda: bleu([], []), "0 hypotheses"),
-    (lambda: bleu(["a", "b"], ["a"]), "2 hypotheses and 1 references"),
-    (lambda: bleu(["a"], [[]]), "hypothesis 0 has no reference"),
-    (lambda: bleu(["a"], ["a"], smoothing="best"), "best"),
-    (lambda: chrf(["a"], []), "1 hypotheses and 0 references"),
-])
-def test_bad_bleu_input_is_named(call, words):
-    with pytest.raises(ValueError, match=words):
-        call()
-
-
 # ------------------------------------------------------------------ choices
 
 def test_bundled_sets_are_sound():
@@ -307,15 +235,12 @@ def test_options_are_scored_one_by_one(trigram, tokenizer):
                 assert option_ids(tokenizer, q.context, q.options[0])[0][1:] == whole
 
 
-def test_accuracy_counts_and_groups(trigram, tokenizer):
+def test_accuracy_counts(trigram, tokenizer):
     pairs = load_questions("pairs")
     scored = score_options(trigram, tokenizer, pairs)
     right = [(1 + np.sign(round(options[0].logprob - options[1].logprob, 4))) / 2 for options in scored]
     assert 0.5 in right    # a trigram ties where the mistake lies outside its window
     assert choice_accuracy(pairs, scored).value == pytest.approx(np.mean(right))
-    groups = accuracy_by_group(pairs, scored)
-    sizes = [sum(q.group == g for q in pairs) for g in groups]
-    assert sum(e.value * n for e, n in zip(groups.values(), sizes)) == pytest.approx(sum(right))
     with pytest.raises(ValueError, match="word"):
         credit(pairs[0], scored[0], by="word")
 
@@ -375,7 +300,7 @@ def test_ngram_is_a_distribution_and_equals_the_recursion():
 
 def test_ngram_generates_as_a_plain_loop(trigram):
     prompts = [[0, 1, 400], [0, 1], [0, 1, 5, 6, 7]]
-    drawn = generate(trigram, prompts, max_new_tokens=12, temperature=0, stop_ids=[2], decoder=NGramDecoder(trigram))
+    drawn = generate(trigram, prompts, max_new_tokens=12, temperature=0, stop_ids=[2], decoder=trigram.decoder())
     for prompt, generation in zip(prompts, drawn):
         ids = list(prompt)
         while len(ids) < len(prompt) + 12 and (token := int(trigram.probabilities(ids).argmax())) != 2:
@@ -387,9 +312,15 @@ def test_answers_do_not_depend_on_the_batch(tokenizer):
     torch.manual_seed(3)
     model = GPT2(GPT2Config.preset("mini", n_layer=1)).eval()
     renderer = ChatRenderer(tokenizer)
-    asked = [c["messages"][:-1] for c in load_chats("held", limit=7)]
-    together = answer_chats(model, renderer, asked, max_new_tokens=8)
-    assert together == [answer_chats(model, renderer, [a], max_new_tokens=8)[0] for a in asked]
+    asked = load_chats("held", limit=7)
+    together = reply_all(model, renderer, asked, max_new_tokens=8)
+    assert together == [reply_all(model, renderer, [a], max_new_tokens=8)[0] for a in asked]
+    open_ended = [{"messages": c["messages"][:-1]} for c in asked]              # a last answer is left out
+    assert together == reply_all(model, renderer, open_ended, max_new_tokens=8)
+    seeds = [5, 9, 2, 1, 3, 8, 7]                                               # and so with draws, a seed for each
+    drawn = reply_all(model, renderer, asked, max_new_tokens=8, seed=seeds, temperature=1.0, batch_size=3)
+    assert drawn[3] == reply_all(model, renderer, [asked[3]], max_new_tokens=8, seed=[1], temperature=1.0)[0]
+    assert drawn != together
 
 
 def test_a_question_that_does_not_fit_is_answered_with_nothing(tokenizer):
@@ -397,56 +328,14 @@ def test_a_question_that_does_not_fit_is_answered_with_nothing(tokenizer):
     torch.manual_seed(3)
     model = GPT2(GPT2Config.preset("mini", n_layer=1, block_size=64)).eval()
     renderer = ChatRenderer(tokenizer)
-    long = [{"role": "user", "content": "so " * 100}]
-    short = [[{"role": "user", "content": text}] for text in ("Hi!", "What is a whale?")]
+    long, *short = [{"messages": [{"role": "user", "content": text}]} for text in ("so " * 100, "Hi!", "What is a whale?")]
     with pytest.warns(UserWarning, match="1 of 3 conversations"):
-        found = answer_chats(model, renderer, [short[0], long, short[1]], max_new_tokens=8)
-    assert found[1] == "" and [found[0], found[2]] == answer_chats(model, renderer, short, max_new_tokens=8)
+        found = reply_all(model, renderer, [short[0], long, short[1]], max_new_tokens=8)
+    assert found[1] == ("", [], "length")
+    assert [found[0], found[2]] == reply_all(model, renderer, short, max_new_tokens=8)
     with pytest.warns(UserWarning, match="2 of 2 conversations"):
-        assert answer_chats(model, renderer, short, max_new_tokens=64) == ["", ""]        # no room at all
-    old = [{"role": "user", "content": "so " * 40}, {"role": "assistant", "content": "No."}, *short[1]]
-    assert answer_chats(model, renderer, [old], max_new_tokens=8) == [found[2]]           # as before: the oldest go
-    with pytest.raises(ValueError, match="not the user's"):
-        answer_chats(model, renderer, [short[0], old[:2]], max_new_tokens=8)
-
-
-# ------------------------------------------------------------------ text measures
-
-SQUAD = [("The Eiffel Tower.", "eiffel tower", 1, 1.0), ("in Paris, France", "Paris", 0, 0.5), ("", "", 1, 1.0),
-         ("", "x", 0, 0.0), ("a cat a cat", "the cat", 0, 2 / 3), ("no!", "yes", 0, 0.0), ("an apple", "Apple", 1, 1.0)]
-
-
-@pytest.mark.parametrize("said,meant,em,f1", SQUAD)
-def test_exact_match_and_f1_by_hand(said, meant, em, f1):
-    assert exact_match(said, meant) == bool(em)
-    assert token_f1(said, meant) == pytest.approx(f1)
-
-
-def test_text_measures_by_brute_force():
-    rng = random.Random(8)
-    texts = [" ".join(rng.choice("abcde") for _ in range(rng.randint(0, 40))) for _ in range(20)]
-    for n in (1, 2, 4):
-        grams = [tuple(w[i:i + n]) for w in (t.split() for t in texts) for i in range(len(w) - n + 1)]
-        assert distinct(texts, n) == pytest.approx(len(set(grams)) / len(grams))
-    for text in texts:
-        words = text.split()
-        grams = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
-        again = sum(g in grams[:i] for i, g in enumerate(grams))
-        assert repetition(text) == pytest.approx(again / len(grams) if grams else 0)
-
-
-def test_reading_rates_by_hand():
-    said = ["Ada", NOT_SAID, "the text does not say", "blue", NOT_SAID]
-    meant = ["Ada.", "red", NOT_SAID, NOT_SAID, "The text does not say."]
-    assert reading_rates(said, meant) == pytest.approx(
-        {"exact_match": 0.5, "f1": 0.5, "rightly_not_said": 2 / 3, "wrongly_not_said": 0.5})
-    assert math.isnan(reading_rates(["a"], ["b"])["rightly_not_said"])
-
-
-def test_scores_subset_and_columns():
-    docs = [Scored(torch.full((n,), -1.0), torch.arange(n) % 2 == 0, torch.ones(n)) for n in (2, 3, 4)]
-    scores = Scores(docs, [4, 5, 6])
-    assert scores.columns().tolist() == [[2, 2, 4, 1], [3, 3, 5, 2], [4, 4, 6, 2]]
-    assert scores.subset([2, 0]).columns().tolist() == [[4, 4, 6, 2], [2, 2, 4, 1]]
-    assert scores.perplexity().value == pytest.approx(math.e)
-    assert Question("c", ("a",)).group == ""
+        assert [r.text for r in reply_all(model, renderer, short, max_new_tokens=64)] == ["", ""]       # no room at all
+    old = [{"role": "user", "content": "so " * 40}, {"role": "assistant", "content": "No."}, *short[1]["messages"]]
+    assert reply_all(model, renderer, [{"messages": old}], max_new_tokens=8) == [found[2]]       # the oldest go
+    with pytest.raises(ValueError, match="the user has to begin"):
+        reply_all(model, renderer, [short[0], {"messages": [{"role": "system", "content": "Be kind."}]}], max_new_tokens=8)

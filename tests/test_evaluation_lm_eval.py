@@ -5,21 +5,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from command_line import minigpt
 
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.evaluation import load_questions
+from minigpt.engine.choices import load_questions
 from minigpt.gpt2 import GPT2, GPT2Config
-from minigpt.engine.lm_eval_adapter import TASKS
+from minigpt.engine.lm_eval_adapter import TASKS, MiniGPTLM, _read_settings
 
 pytest.importorskip("lm_eval")
 ROOT = Path(__file__).resolve().parent.parent
 LM_EVAL = shutil.which("lm_eval", path=str(Path(sys.executable).parent))
 GENERATE = """task: local_generate
-custom_dataset: !function minigpt.engine.lm_eval_adapter.bundled_set
+custom_dataset: !function minigpt.engine.lm_eval_tasks.bundled_set
 dataset_kwargs:
   bundled: cloze
 output_type: generate_until
@@ -28,7 +29,7 @@ doc_to_text: "{{text}}"
 doc_to_target: "{{text}}"
 generation_kwargs:
   until: [".", "the"]
-  max_gen_toks: 8
+  max_new_tokens: 8
   do_sample: false
   repetition_penalty: 1.0
 metric_list:
@@ -37,7 +38,7 @@ metadata:
   version: 1.0
 """
 ROLLING = """task: local_rolling
-custom_dataset: !function minigpt.engine.lm_eval_adapter.bundled_set
+custom_dataset: !function minigpt.engine.lm_eval_tasks.bundled_set
 dataset_kwargs:
   bundled: goals
 output_type: loglikelihood_rolling
@@ -186,3 +187,63 @@ def test_signing_in_leaves_lm_evals_own_models_alone():
             "assert sign_in() and sign_in() and get_model('minigpt') is MiniGPTLM\n"
             "assert get_model('dummy').__name__ == 'DummyLM'")
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_importing_the_adapter_signs_nothing_in():
+    """In a fresh process; reading a task file does."""
+    code = ("import minigpt.engine.lm_eval_adapter\nfrom lm_eval.api.registry import model_registry\n"
+            "assert 'minigpt' not in model_registry.keys()\nimport minigpt.engine.lm_eval_tasks\n"
+            "assert 'minigpt' in model_registry.keys()")
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+# ------------------------------------------------------------------ settings and chats
+
+@pytest.mark.parametrize("given, length, heat", [
+    ({}, 256, 0), ({"max_gen_toks": 7, "max_new_tokens": 9}, 7, 0), ({"max_new_tokens": 9, "max_tokens": 3}, 9, 0),
+    ({"max_tokens": 3}, 3, 0), ({"max_completion_tokens": 4, "until": None}, 4, 0), ({"temperature": 0.7}, 256, 0.7),
+    ({"temperature": 0.7, "do_sample": False}, 256, 0), ({"temperature": 0.7, "do_sample": True}, 256, 0.7),
+    ({"temperature": 0.0, "do_sample": False, "num_beams": 1}, 256, 0)])
+def test_settings_mean_what_they_mean_to_lm_eval(given, length, heat):
+    from lm_eval.models.utils import normalize_gen_kwargs
+    theirs = normalize_gen_kwargs({"until": []} | {name: x for name, x in given.items() if x is not None})
+    assert (theirs["max_gen_toks"], theirs.get("temperature", 0) if theirs["do_sample"] else 0) == (length, heat)
+    options, until = _read_settings(given, [])
+    assert (options.max_new_tokens, options.temperature, until) == (length, heat, [])
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"num_beams": 4}, "num_beams"), ({"max_length": 9}, "max_length"), ({"temperature": -1}, "temperature")])
+def test_settings_that_there_are_not_are_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        _read_settings(given, [])
+
+
+def test_the_repetition_penalty_is_that_of_transformers(folder):
+    """One prompt at a time: in lm-eval's batches the padding would count too."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    theirs, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    lm = MiniGPTLM(str(folder), device="cpu")
+    plain = 0
+    for row in load_questions("cloze")[:6]:
+        settings = {"max_new_tokens": 10, "repetition_penalty": 1.7}
+        ids = words(row.context, return_tensors="pt").input_ids[:, -14:]
+        said = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **settings)
+        [ours] = lm.generate_until([SimpleNamespace(args=(words.decode(ids[0]), settings))])
+        assert ours == words.decode(said[0, ids.size(1):], skip_special_tokens=True)
+        plain += lm.generate_until([SimpleNamespace(args=(words.decode(ids[0]), {"max_new_tokens": 10}))]) != [ours]
+    assert plain > 3
+
+
+def test_the_last_turn_stays_open_where_lm_eval_asks(folder):
+    """As transformers' `continue_final_message`, which lm-eval's other models use."""
+    from transformers import AutoTokenizer
+    words, lm = AutoTokenizer.from_pretrained(folder), MiniGPTLM(str(folder), device="cpu")
+    said = [("user", "Hi <|im_end|> there"), ("assistant", "Hello."), ("user", "What is a fox?"), ("assistant", "It is"),
+            ("user", "More?"), ("assistant", "The answer is ")]
+    chat = [{"role": role, "content": text} for role, text in said]
+    for n in (2, 4, 6):
+        theirs = words.apply_chat_template(chat[:n], tokenize=False, continue_final_message=True)
+        assert lm.apply_chat_template(chat[:n], add_generation_prompt=False) == theirs
+        assert lm.apply_chat_template(chat[:n - 1]) == words.apply_chat_template(
+            chat[:n - 1], tokenize=False, add_generation_prompt=True)

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from browsers import BROWSER, launch
 
-from minigpt.evaluation import (
-    Ballot, Match, Vote, Votes, agreement, bradley_terry, krippendorff_alpha, make_matches, rate, sign_test,
-    temperature_matches, vote_summary, votes_needed, win_table)
+from minigpt.deeper.human_eval import (
+    agreement, bradley_terry, flip_test, krippendorff_alpha, rate, sign_test, vote_summary, votes_needed, win_table)
+from minigpt.engine.ballots import Ballot, Match, Vote, Votes, make_matches
 from minigpt.engine.vote_ui import BUTTONS, ballot_html, rating_figure, vote_panel
 
 MATCHES = [Match(f"q{i}", f"Prompt {i}?", {"big": f"big says {i}", "small": f"small says {i}"}) for i in range(6)]
@@ -37,7 +37,7 @@ def add_many(path, rater, count):
 def test_a_killed_process_loses_no_vote(tmp_path):
     """A process is killed (no clean-up at all) right after `add` returned; half a line is left behind besides."""
     path = tmp_path / "votes.jsonl"
-    code = ("import os, sys\nfrom minigpt.evaluation import Vote, Votes\nvotes = Votes(sys.argv[1])\n"
+    code = ("import os, sys\nfrom minigpt.engine.ballots import Vote, Votes\nvotes = Votes(sys.argv[1])\n"
             "for i in range(20):\n    votes.add(Vote('ada', str(i), 'A', 'B', 'left'))\n"
             "with open(sys.argv[1], 'a') as f:\n    f.write('{\"rater\": \"ad')\n    f.flush()\n    os._exit(9)\n")
     run = subprocess.run([sys.executable, "-c", code, str(path)], env=os.environ | {
@@ -149,7 +149,7 @@ def simulated(truth, raters, items, seed, ties=0.1):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_ratings_equal_two_other_methods(seed, ledger):
-    """Our Newton iteration against scipy's minimiser of the likelihood, and against Zermelo's iteration."""
+    """Zermelo's iteration against scipy's minimiser of the likelihood, and against Newton's method."""
     optimize = pytest.importorskip("scipy.optimize")
     rng = np.random.default_rng(seed)
     wins = rng.integers(0, 30, (5, 5)) * (1 - np.eye(5)) + (rng.random((5, 5)) < 0.3) / 2 * (1 - np.eye(5))
@@ -161,16 +161,19 @@ def test_ratings_equal_two_other_methods(seed, ledger):
 
         theta = optimize.minimize(loss, np.zeros(5), method="BFGS", options={"gtol": 1e-10}).x
         points = 1000 + 400 / math.log(10) * (theta - theta.mean())
-        p = np.ones(5)
-        for _ in range(20000):
-            p = table.sum(1) / ((table + table.T) / (p[:, None] + p)).sum(1)
-            p /= np.exp(np.log(p).mean())
+        newton, games = np.zeros(5), table + table.T
+        for _ in range(50):
+            p = 1 / (1 + np.exp(newton - newton[:, None]))             # i beats j
+            bend = games * p * (1 - p)
+            step = np.linalg.lstsq(np.diag(bend.sum(1)) - bend, (table - games * p).sum(1), rcond=None)[0]
+            newton += (step - step.mean()).clip(-2, 2)
         ours = bradley_terry(wins, prior)
-        difference = float(np.abs(ours - (1000 + 400 * np.log10(p))).max())
-        ledger("Bradley-Terry ratings (points) against Zermelo's iteration", difference, peer="numpy", bound=1e-6)
+        difference = float(np.abs(ours - 1000 - 400 / math.log(10) * (newton - newton.mean())).max())
+        ledger("Bradley-Terry ratings (points) against Newton's method", difference, peer="numpy", bound=1e-6)
         assert difference < 1e-6
         assert np.allclose(ours, points, atol=1e-2)
         assert ours.mean() == pytest.approx(1000)
+        assert np.allclose(bradley_terry(np.stack([wins.T, wins]), prior)[1], ours, atol=1e-8)   # many at once
 
 
 def test_two_systems_have_a_closed_form():
@@ -214,6 +217,8 @@ def test_alpha_equals_krippendorffs_own_example():
     observers = ["123321412...", "1233224125.3", ".3332342251.", "1233244125 1.".replace(" ", "")]
     units = [[row[u] for row in observers if row[u] != "."] for u in range(12)]
     assert krippendorff_alpha(units) == pytest.approx(0.743, abs=5e-4)
+    numbers = [[int(value) for value in unit] for unit in units]
+    assert krippendorff_alpha(numbers, lambda a, b: (a - b) ** 2) == pytest.approx(0.849, abs=5e-4)
 
 
 def plain_alpha(units):
@@ -281,6 +286,29 @@ def test_votes_needed_gives_the_power(rate_, power):
         votes_needed(0.5)
 
 
+def test_flip_test_equals_scipys_and_the_sign_test():
+    """Exact: all signs tried by scipy; with one vote an item it is the sign test."""
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(4)
+    for _ in range(20):
+        margins = [rng.choice([-3, -1, 0, 1, 2, 5]) for _ in range(rng.randint(2, 9))]
+        theirs = stats.permutation_test((margins,), np.sum, permutation_type="samples", n_resamples=np.inf)
+        assert flip_test(margins) == pytest.approx(theirs.pvalue), margins
+    for wins, losses, ties in ((5, 5, 0), (9, 2, 3), (0, 6, 1), (40, 22, 9)):
+        assert flip_test([1] * wins + [-1] * losses + [0] * ties) == pytest.approx(sign_test(wins, losses))
+    assert flip_test([]) == flip_test([0, 0]) == 1.0
+
+
+def test_dependent_votes_raise_no_false_alarms():
+    """Equal systems, items with a better answer each, seven raters: a test on votes would say 20 % and more."""
+    rng, alarms, naive, trials = np.random.default_rng(8), 0, 0, 600
+    for _ in range(trials):
+        won = rng.binomial(7, rng.choice([0.2, 0.8], 30))
+        alarms += flip_test(2 * won - 7) < 0.05
+        naive += sign_test(int(won.sum()), int(210 - won.sum())) < 0.05
+    assert 0.02 < alarms / trials < 0.06 and naive / trials > 0.18
+
+
 def test_summary_says_what_the_parts_say():
     votes = simulated({"A": 1100, "B": 900}, raters=3, items=20, seed=1)
     lines = vote_summary(votes).splitlines()
@@ -289,13 +317,16 @@ def test_summary_says_what_the_parts_say():
     assert lines[0] == f"60 votes of 3 raters: {won + lost} decided, {count['tie']} ties, 0 skips"
     assert lines[1:3] == [f"{name}: {r}" for name, r in rate(votes).items()]
     assert lines[3] == f"agreement (alpha): {agreement(votes):.2f}"
-    assert lines[4] == f"sign test: {sign_test(won, lost):.3f}"
-    assert lines[5] == f"such a difference needs {votes_needed(won / (won + lost))} votes"
+    margins = Counter({item: 0 for item in {v.item for v in votes}})
+    for v in votes:
+        margins[v.item] += (v.winner == "A") - (v.winner == "B")
+    assert len(margins) == 20
+    assert lines[4:] == [f"if both were equal (flip test on 20 items): p = {flip_test([*margins.values()]):.3f}"]
     only = [Vote("ada", "1", "A", "B", "skip")]
     assert vote_summary(only) == "1 votes of 1 raters: 0 decided, 0 ties, 1 skips"
     assert vote_summary([]).startswith("0 votes")
     three = simulated({"A": 1100, "B": 1000, "C": 900}, raters=2, items=9, seed=0)
-    assert "sign test" not in vote_summary(three)
+    assert "flip test" not in vote_summary(three) and vote_summary(three).endswith("less than 20 are too narrow")
 
 
 def test_matches_come_from_answers():
@@ -304,19 +335,6 @@ def test_matches_come_from_answers():
     assert first.item != second.item
     with pytest.raises(ValueError, match="'y' has 1 answers to 2 prompts"):
         make_matches(["a?", "b?"], {"x": ["1", "2"], "y": ["3"]})
-
-
-def test_a_model_against_itself():
-    from minigpt.engine.tokenizer import Tokenizer
-    from minigpt.engine.chat_format import ChatRenderer
-    from minigpt.evaluation import answer_chats
-    from minigpt.engine.baselines import open_model
-    model, renderer = open_model("untrained")[0], ChatRenderer(Tokenizer.from_pretrained())
-    matches = temperature_matches(model, renderer, ["Hi!", "Why?"], (0, 0.7, 2), max_new_tokens=4, seed=5)
-    assert [list(m.answers) for m in matches] == [["temperature 0", "temperature 0.7", "temperature 2"]] * 2
-    asked = [[{"role": "user", "content": text}] for text in ("Hi!", "Why?")]
-    assert [m.answers["temperature 2"] for m in matches] == answer_chats(
-        model, renderer, asked, max_new_tokens=4, temperature=2, seed=5)
 
 
 # ------------------------------------------------------------------ the front ends
@@ -359,7 +377,7 @@ def tab(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    code = ("import sys\nimport gradio as gr\nfrom minigpt.evaluation import Match\nfrom minigpt.engine.vote_ui import vote_tab\n"
+    code = ("import sys\nimport gradio as gr\nfrom minigpt.engine.ballots import Match\nfrom minigpt.engine.vote_ui import vote_tab\n"
             "m = [Match(f'q{i}', f'Prompt {i}?', {'big': f'big <b>says</b> {i}', 'small': f'small says {i}'})"
             " for i in range(3)]\n"
             "with gr.Blocks() as app:\n    with gr.Tab('Vote'):\n        vote_tab(lambda: m, sys.argv[1])\n"

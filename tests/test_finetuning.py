@@ -19,11 +19,12 @@ from minigpt.deeper.packing import TokenFile, pack
 from minigpt.engine.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats, load_text
 from minigpt.finetuning import (PackedRows, PairRows, PairStepper, best_fit, documents_apart, dpo, dpo_loss, encode_chats,
-                                finetune, load_pairs, measure, reply_all)
+                                finetune, load_pairs, measure)
 from minigpt.engine.cache import KVCache
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.engine.batches import Batches, Phase
+from minigpt.engine.replies import reply_all
 from minigpt.engine.ranks import Ranks
 from minigpt.engine.stepper import Stepper
 from minigpt.engine.train_config import TrainConfig

@@ -22,7 +22,7 @@ from minigpt import ui
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import ChatSession, read_messages, transcript
 from minigpt.engine.serving import free_port
-from minigpt.evaluation import Votes
+from minigpt.engine.ballots import Votes
 from minigpt.gpt2 import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent

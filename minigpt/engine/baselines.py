@@ -16,7 +16,7 @@ from .chat_format import (
     CHAT_TOKENS, ChatRenderer, Rendered)
 from .dataset_readers import load_chats
 from .hub import load_pair
-from ..evaluation import NGram
+from .ngram import NGram
 from ..gpt2 import GPT2, GPT2Config
 
 # %% ../../nbs/engine/baselines.ipynb #baseline

@@ -15,7 +15,6 @@ from minigpt.engine import report
 from minigpt.engine.baselines import open_model
 from minigpt.engine.dataset_readers import load_chats
 
-
 # %% ../../nbs/engine/evaluate.ipynb #free-folder
 def _free_folder(base: str | Path = "runs") -> Path:
     """Make the first of runs/eval-001, runs/eval-002, ... that is not there.
@@ -32,17 +31,17 @@ def _free_folder(base: str | Path = "runs") -> Path:
 # %% ../../nbs/engine/evaluate.ipynb #write-and-show
 def _write_and_show(reports: Sequence[dict], folder: Path, overwrite: bool
                     ) -> None:
-    """Write the report, then print its table: also where no disk has room
+    """Write the report, then print its tables: also where no disk has room
     for it."""
+    tables = report.report_tables(reports)
     try:
-        report.write_report(reports, folder, overwrite=overwrite)
+        report.write_report(reports, folder, overwrite=overwrite,
+                            tables=tables)
     finally:
-        print(report.report_table(reports))
-    first = reports[0]
-    for other in reports[1:]:
-        print(f"\n{first['name']} minus {other['name']}:")
-        for measure, gain in report.compare(other, first).items():
-            print(f"  {measure:14} {gain}")
+        for title, lines in tables.items():
+            if title:
+                print(f"\n{title}:")
+            print(report.as_text(lines))
     print(f"\nwritten: {folder / 'report.html'} and report.json")
 
 # %% ../../nbs/engine/evaluate.ipynb #run-eval
@@ -60,7 +59,7 @@ def run_eval(names: Sequence[str],  # models; all are compared with the first
     """
     if out is not None:
         report.check_folder(out, overwrite)
-    chats = load_chats(data) if data else None
+    chats = load_chats(data or "held")
     opened = [(name, *open_model(name, device=device))
               for name in dict.fromkeys(names)]
     folder = _free_folder() if out is None else out

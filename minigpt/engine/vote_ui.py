@@ -11,8 +11,8 @@ from functools import cache
 from html import escape
 from pathlib import Path
 
-from ..evaluation import (
-    Ballot, Match, Votes, rate, vote_summary)
+from ..deeper.human_eval import rate, vote_summary
+from .ballots import Ballot, Match, Votes
 
 # %% ../../nbs/engine/vote_ui.ipynb #blindhtml
 BUTTONS = {"left": "Left is better", "tie": "Equal",
