@@ -33,7 +33,6 @@ from .engine.files import ASSETS
 from .chat import (ChatSession, as_messages, parse_transcript,
                           transcript)
 from .engine.vote_ui import BUTTONS, vote_tab
-from .evaluation import Ballot, Match, Votes, rate
 from .generation import process
 
 # %% ../nbs/12_ui.ipynb #bubble
@@ -794,11 +793,12 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
 
 # %% ../nbs/12_ui.ipynb #duel
 def duel(session: ChatSession, systems: dict[str, dict],
-         names: Sequence[str], prompt: str) -> Match:
+         names: Sequence[str], prompt: str) -> "Match":
     """What two systems answer to a prompt.
 
     systems: {name: attributes of a session}; names: the two that answer.
     """
+    from minigpt.engine.ballots import Match
     if len(set(names)) < 2:
         raise ValueError(f"{names[0]!r} against itself says nothing: choose "
                          "two")
@@ -811,8 +811,9 @@ def duel(session: ChatSession, systems: dict[str, dict],
     return Match(f"{prompt[:80]} #{secrets.token_hex(4)}", prompt, said)
 
 # %% ../nbs/12_ui.ipynb #standings
-def standings(votes: Votes) -> str:
+def standings(votes: "Votes") -> str:
     """The ratings of all votes so far as an HTML table."""
+    from minigpt.deeper.human_eval import rate
     counted = [vote for vote in votes.rows if vote.choice != "skip"]
     if not counted:
         return "<p>No votes yet.</p>"
@@ -828,6 +829,8 @@ def duel_tab(visitors: Visitors, systems: dict[str, dict],
              path: str | Path) -> None:
     """The part of a Gradio page that compares two systems, blind."""
     import gradio as gr
+
+    from minigpt.engine.ballots import Ballot, Votes
     hidden, votes = {"api_visibility": "private"}, Votes(path)
     names, ballot = list(systems), gr.State(None)
     with gr.Row():
@@ -910,7 +913,7 @@ def queue_in_turn(page, waiting: int):
 def gradio_app(session: ChatSession | None = None, *,
                adapters: Sequence[str | Path] = (), card: str | None = None,
                votes: str | Path = "minigpt-votes.jsonl",
-               matches: Sequence[Match] = (), uploads: bool = True,
+               matches: Sequence["Match"] = (), uploads: bool = True,
                visitors: int = 32, waiting: int = 32):
     """A page to chat, to ask documents, and to compare systems.
 

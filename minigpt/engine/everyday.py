@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['EVERYDAY', 'KINDS', 'FORMS', 'SESSION', 'load_everyday', 'split_turns', 'count_items', 'well_formed', 'judge',
-           'ask_rows', 'wilson', 'Count', 'tally', 'everyday', 'everyday_table']
+           'ask_rows', 'Count', 'tally', 'everyday', 'everyday_table']
 
 # %% ../../nbs/engine/everyday.ipynb #imports
 import json
-import math
 import random
 import re
 from collections import Counter
@@ -16,8 +15,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .chat_format import ChatRenderer
-from ..evaluation import EVAL, NGram, NGramDecoder, fit_prompts
-from ..generation import generate
+from .choices import EVAL
+from .replies import reply_all
+from ..evaluation import wilson
 
 # %% ../../nbs/engine/everyday.ipynb #rows
 EVERYDAY = EVAL / "everyday.jsonl"
@@ -154,8 +154,6 @@ def ask_rows(model: Any, tokenizer: Any, rows: Sequence[dict], *,
              ) -> list[list[str]]:
     """The model's answers to each row, one for each of its live turns."""
     renderer = renderer or ChatRenderer(tokenizer)
-    room = model.config.block_size - max_new_tokens
-    decoder = NGramDecoder(model) if isinstance(model, NGram) else None
     parts = [split_turns(row["turns"]) for row in rows]
     past: list[list[dict]] = [[] for _ in rows]
     answers: list[list[str]] = [[] for _ in rows]
@@ -163,39 +161,19 @@ def ask_rows(model: Any, tokenizer: Any, rows: Sequence[dict], *,
         live = [i for i, part in enumerate(parts) if len(part) > turn]
         for i in live:
             past[i] += parts[i][turn]
-        fitted = dict(zip(live, fit_prompts(
-            renderer, [past[i] for i in live], room)))
-        order = sorted((i for i in live if fitted[i] is not None),
-                       key=lambda i: len(fitted[i]))
-        said = dict.fromkeys(live, "")           # what does not fit
-        for at in range(0, len(order), batch_size):
-            batch = order[at:at + batch_size]
-            drawn = generate(
-                model, [fitted[i] for i in batch], temperature=temperature,
-                top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens,
-                repetition_penalty=repetition_penalty,
-                stop_ids=sorted(renderer.stop_ids), decoder=decoder,
-                seed=[random.Random(f"{seed} {rows[i]['id']} {turn}"
-                                    ).getrandbits(62) for i in batch])
-            for i, text in zip(batch, drawn):
-                said[i] = tokenizer.decode(text.ids).strip()
-        for i in live:
-            answers[i].append(said[i])
-            past[i].append({"role": "assistant", "content": said[i]})
+        said = reply_all(
+            model, renderer, [{"messages": past[i]} for i in live],
+            temperature=temperature, top_k=top_k, top_p=top_p,
+            repetition_penalty=repetition_penalty, batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            seed=[random.Random(f"{seed} {rows[i]['id']} {turn}"
+                                ).getrandbits(62) for i in live])
+        for i, reply in zip(live, said):
+            answers[i].append(reply.text)
+            past[i].append({"role": "assistant", "content": reply.text})
     return answers
 
 # %% ../../nbs/engine/everyday.ipynb #wilson
-def wilson(right: float,     # how many of n, may be a mean of several runs
-           n: int,
-           z: float = 1.96   # 1.96: 95 of 100 intervals hold the true share
-           ) -> tuple[float, float]:
-    """Interval of a share, right also near 0 and 1. Wilson (1927)."""
-    share, spread = right / n, z * z / n
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    middle = share + spread / 2
-    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
-
-
 class Count(NamedTuple):
     """How many of `n` questions were answered right (a mean over seeds),
     and the interval of the share."""
@@ -215,7 +193,7 @@ def tally(rows: Sequence[dict],          # of load_everyday
         found[row["kind"]] += value
     size = Counter(row["kind"] for row in rows)
     size["all"], found["all"] = len(rows), sum(right)
-    return {kind: Count(n, found[kind], *wilson(found[kind], n))
+    return {kind: Count(n, found[kind], *wilson(found[kind], n)[1:3])
             for kind, n in size.items() if n}
 
 
