@@ -58,14 +58,15 @@ def test_beam_settings_equal_transformers(seed, tmp_path):
 
 def test_the_models_own_end_token_ends_a_beam(tmp_path):
     """As in transformers, which takes it from the model's config; stop_ids=() turns it off."""
-    model = tiny(3, vocab_size=12, spread=3.0, eos_token_id=5)  # noqa: F811
-    hf, ended = as_hf(model, tmp_path / "m"), 0  # noqa: F811
-    for first in range(6):
-        out = hf_generate(hf, [first, 1], num_beams=3, max_new_tokens=9, eos_token_id=5)
-        ours = beam_search(model, [first, 1], num_beams=3, max_new_tokens=9)[0]
-        assert ours.ids == new_tokens(out.sequences[0], [first, 1], (5,))
+    shape = dict(seed=3, vocab_size=12, spread=3.0)
+    hf, ended = as_hf(tiny(**shape), tmp_path / "m"), 0  # noqa: F811
+    for end, prompt in itertools.product(range(12), ([0, 1], [7, 4])):
+        model = tiny(eos_token_id=end, **shape)  # noqa: F811
+        out = hf_generate(hf, prompt, num_beams=3, max_new_tokens=9, eos_token_id=end)
+        ours = beam_search(model, prompt, num_beams=3, max_new_tokens=9)[0]
+        assert ours.ids == new_tokens(out.sequences[0], prompt, (end,))
         ended += ours.finish_reason == "stop"
-        assert len(beam_search(model, [first, 1], num_beams=3, max_new_tokens=9, stop_ids=())[0].ids) == 9
+        assert len(beam_search(model, prompt, num_beams=3, max_new_tokens=9, stop_ids=())[0].ids) == 9
     assert ended
 
 

@@ -239,7 +239,7 @@ def test_a_draft_of_another_vocabulary_is_an_error():
     model, other = tiny(), tiny(vocab_size=40)  # noqa: F811
     for draft in (other, ModelDraft(other)):
         with pytest.raises(ValueError, match="vocab_size=40 must be the model's, 50"):
-            speculate(model, draft, [1])
+            speculate(model, draft, [1], max_new_tokens=5)
     with pytest.raises(ValueError, match="guess=77 must be a token id of the model, 0 to 49"):
         list(speculate(model, NGramDraft([[i, 77] for i in range(50)]), [1], max_new_tokens=5))
 
