@@ -9,7 +9,7 @@ __all__ = ['Ids', 'Processor', 'pick', 'pick_best', 'check', 'Temperature', 'Top
 # %% ../nbs/05_generation.ipynb #imports
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,10 +20,7 @@ from .gpt2 import GPT2
 def pick(logits: Tensor,                 # (B, V)
          rngs: Sequence[random.Random],  # one a row, each gives one number
          ) -> list[int]:                 # B ids
-    """Draw a token for each row from softmax(logits).
-
-    Raises ValueError if a row forbids every token, or holds NaN.
-    """
+    """Draw from softmax(logits); ValueError for NaN, or without a token."""
     from minigpt.engine.checks import check_logits
     check_logits(logits)
     ends = logits.softmax(-1, dtype=torch.float64).cpu().cumsum(-1)
@@ -48,7 +45,7 @@ def check(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
         raise ValueError(f"{name}={value!r} must be {rule}")
 
-# %% ../nbs/05_generation.ipynb #temperature
+
 class Temperature:
     """Divide the logits: below 1 is sharper, above 1 flatter."""
     stage = "warp"
@@ -111,8 +108,7 @@ class MinP:
 
 # %% ../nbs/05_generation.ipynb #repetition
 class RepetitionPenalty:
-    """Make tokens that were said less likely: logit / penalty, or logit *
-    penalty where it is negative. After Keskar et al. (2019), CTRL."""
+    """Divide the logits of tokens that were said; multiply negative ones."""
     stage = "penalty"
 
     def __init__(self, penalty: float,   # 1 is off, 1.1 mild, 1.3 strong
@@ -125,17 +121,13 @@ class RepetitionPenalty:
         logits = logits.clone()
         for row, said in zip(logits, ids):
             said = said if self.prompt else said[len(said) - step:]
-            seen = torch.tensor(sorted(set(said)), dtype=torch.long,
-                                device=row.device)
+            seen = list(set(said))
             old = row[seen]
             row[seen] = torch.where(old < 0, old * self.penalty,
                                     old / self.penalty)
         return logits
 
 # %% ../nbs/05_generation.ipynb #options
-_STAGES = ("penalty", "ban", "custom", "force", "warp")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How a text is drawn; ValueError for values that make no sense."""
@@ -163,26 +155,22 @@ class Options:
                   (MinP, self.min_p, 0)]
         made = [rule(value) for rule, value, off in fields
                 if value not in (off, None)]
-        stages: dict[str, list[Processor]] = {name: [] for name in _STAGES}
+        stages = {s: [] for s in "penalty ban custom force warp".split()}
         for rule in [*made, *self.processors]:
             stage = getattr(rule, "stage", "custom")
-            check(stage in stages, "stage", stage, f"one of {_STAGES}")
+            check(stage in stages, "stage", stage, f"one of {list(stages)}")
             stages[stage].append(rule)
         if self.temperature == 0:
             stages["warp"] = []
         return [rule for rules in stages.values() for rule in rules]
 
-# %% ../nbs/05_generation.ipynb #process
-def process(processors: Sequence[Processor],
-            ids: Ids,        # the tokens so far of each row
-            logits: Tensor,  # (B, V), the model's
-            step: int,       # how many of the ids are new
-            ) -> Tensor:     # (B, V), float32
-    """The logits after all processors. Raises ValueError for NaN in them."""
+
+def process(processors: Sequence[Processor], ids: Ids, logits: Tensor,
+            step: int) -> Tensor:              # (B, V), float32
+    """The logits after all processors; ValueError for NaN in them."""
     from minigpt.engine.checks import check_logits
-    logits = logits.float()
-    if logits.device.type == "mps":            # Apple's have no float64
-        logits = logits.cpu()
+    apple = logits.device.type == "mps"        # which has no float64
+    logits = logits.cpu().float() if apple else logits.float()
     check_logits(logits)
     for processor in processors:
         logits = processor(ids, logits, step)
@@ -270,18 +258,13 @@ def _draw(model: GPT2, decoder, sampler: Sampler
 def generate(model: GPT2,
              ids: Sequence | Tensor,  # one prompt, or several: (T,), (B, T)
              options: Options | None = None,
-             *, decoder=None,  # to reuse; None: a new CachedDecoder
-             **changes,        # fields of Options, such as temperature=0
-             ) -> Generation | list[Generation]:  # a list for several
-    """Draw a text after a prompt; several prompts go as one batch.
-
-    Raises ValueError for prompts and options that make no sense, TypeError
-    for options that there are not.
-    """
+             *, decoder=None, **changes,  # to reuse; fields of Options
+             ) -> Generation | list[Generation]:
+    """Draw a text after each prompt, all in one batch. ValueError: what makes
+    no sense; TypeError: an option that there is not."""
     from minigpt.engine.prompts import settle
     rows, options, limit, single = settle(model, ids, options, changes)
-    longest = max(map(len, rows))
-    if longest + limit > model.config.block_size and len(rows) > 1:
+    if len(rows) > 1 and max(map(len, rows)) + limit > model.config.block_size:
         return [generate(model, row, options, seed=seed, decoder=decoder)
                 for row, seed in zip(rows, options.seed)]
     sampler = Sampler(rows, options, limit)
@@ -290,19 +273,16 @@ def generate(model: GPT2,
     return sampler.results[0] if single else sampler.results
 
 # %% ../nbs/05_generation.ipynb #stream
-class TokenStream:
+@dataclass
+class TokenStream(Iterator):
     """An iterator over token ids; `result` is the Generation so far."""
-
-    def __init__(self, pairs: Iterator[tuple[int, int]], result: Generation):
-        self.pairs, self.result = pairs, result
+    pairs: Iterator[tuple[int, int]]
+    result: Generation
 
     @property
     def finish_reason(self) -> str | None:
         """"stop" or "length"; None as long as more may come."""
         return self.result.finish_reason
-
-    def __iter__(self) -> "TokenStream":
-        return self
 
     def __next__(self) -> int:
         return next(self.pairs)[1]
