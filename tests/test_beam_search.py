@@ -140,7 +140,7 @@ def test_log_probabilities_are_the_models_own(groups, penalty):
     for text in texts:
         with torch.no_grad():
             logp = model(torch.tensor([[1, 2] + text.ids]))[0, 1:-1].log_softmax(-1)
-        want = logp.gather(-1, torch.tensor(text.ids)[:, None])[:, 0]
+        want = logp.gather(-1, torch.tensor(text.ids, dtype=torch.long)[:, None])[:, 0]
         assert torch.allclose(torch.tensor(text.logprobs), want, atol=1e-4)
         assert len(text.ids) <= text.steps <= 9
 

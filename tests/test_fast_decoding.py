@@ -205,7 +205,7 @@ def test_bad_weights():
 def names():
     """What the notebook has defined by the time of its exercises."""
     from minigpt.deeper import fast_decoding
-    model = tiny(n_layer=8, n_embd=512, block_size=64)  # noqa: F811
+    model = tiny(spread=1.0, n_layer=8, n_embd=512, block_size=64)  # noqa: F811
 
     class CountingDecoder(Decoder):
         def __init__(self, model):

@@ -211,6 +211,19 @@ def test_broken_schemas_are_one_line(folder, tmp_path, text, message):
     assert "s.json" in errors or "max_new_tokens" in message
 
 
+def test_many_texts_begin_at_once(folder):
+    """However many are asked for: none is prepared before the first is out."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "minigpt", "generate", "--model", str(folder), "--max-new-tokens", "2",
+                                "--num-return", "100000000", "One"], stdout=subprocess.PIPE, env=env)
+    try:
+        assert json.loads(process.stdout.readline())["prompt"] == "One"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def test_a_chat_and_a_stop_string_through_a_pipe():
     out, _ = run_process("--chat", "--temperature", 0, "--max-new-tokens", 24, "--stop", ".", data=b"What is a whale?\n")
     row = json.loads(out)
@@ -226,6 +239,7 @@ def test_a_chat_and_a_stop_string_through_a_pipe():
     (["x", "--num-beams", "2", "--num-return", "3"], b"", "num_return=3"), (["x", "--regex", "("], b"", "never closed"),
     (["x", "--regex", "a", "--choice", "a"], b"", "--regex and --choice exclude"), (["x", "--choice", "caf\udce9"], b"", "half a character"),
     (["x", "--json-schema", "nowhere.json"], b"", "nowhere.json"), (["x", "--ignore-end", "--regex", "a"], b"", "--regex and --ignore-end"),
+    (["x", "--num-beams", "100000000", "--max-new-tokens", "4"], b"", "ask for"),
     (["x", "--file", "nowhere.txt"], b"", "nowhere.txt"), (["x", "--model", "nowhere"], b"", "nowhere"),
     (["word " * 80], b"", "exceed the context of 64"), (["x", "--max-new-tokens", "99"], b"", "exceed the context of 64"),
     (["x", "--overflow", "wrap"], b"", "overflow='wrap'"), (["x", "--num-return", "0"], b"", "--num-return 0"),

@@ -103,8 +103,7 @@ def test_a_least_length_holds_in_the_loop():
         texts = generate(model, [[i] for i in range(12)], max_new_tokens=20, temperature=2.0, seed=0,
                          stop_ids=range(0, 50, 2), processors=[MinLength(n, range(0, 50, 2))])
         lengths = [len(text.ids) for text in texts]
-        assert min(lengths) >= n and max(lengths) < 20 + (n == 12)
-        assert {text.finish_reason for text in texts} <= {"stop", "length"}
+        assert min(lengths) >= n and "stop" in {text.finish_reason for text in texts}
 
 
 @pytest.mark.parametrize("make, message", [
