@@ -183,19 +183,6 @@ def test_every_strategy(folder, small):
     assert begun["text"].startswith("So it") and begun["tokens"] == 6
 
 
-def test_many_texts_begin_at_once(folder):
-    """However many are asked for: none is prepared before the first is out."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "minigpt", "generate", "--model", str(folder), "--max-new-tokens", "2",
-                                "--num-return", "100000000", "One"], stdout=subprocess.PIPE, env=env)
-    try:
-        assert json.loads(process.stdout.readline())["prompt"] == "One"
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
 def test_json_by_a_schema_and_choices(folder, tmp_path):
     """Several texts of a model that says anything, in little room; each ends and is valid."""
     schema = {"type": "object", "required": ["name", "tags"], "properties": {
@@ -224,6 +211,19 @@ def test_broken_schemas_are_one_line(folder, tmp_path, text, message):
     assert "s.json" in errors or "max_new_tokens" in message
 
 
+def test_many_texts_begin_at_once(folder):
+    """However many are asked for: none is prepared before the first is out."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "minigpt", "generate", "--model", str(folder), "--max-new-tokens", "2",
+                                "--num-return", "100000000", "One"], stdout=subprocess.PIPE, env=env)
+    try:
+        assert json.loads(process.stdout.readline())["prompt"] == "One"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def test_a_chat_and_a_stop_string_through_a_pipe():
     out, _ = run_process("--chat", "--temperature", 0, "--max-new-tokens", 24, "--stop", ".", data=b"What is a whale?\n")
     row = json.loads(out)
@@ -237,9 +237,9 @@ def test_a_chat_and_a_stop_string_through_a_pipe():
     ([], b"caf\xe9\n", "not UTF-8 (byte 0xe9)"), (["caf\udce9"], b"", "half a character"), ([], b'{"text": 1}\n', "line 1"),
     (["x", "--num-beams", "4", "--draft", "ngram"], b"", "exclude each other"), (["x", "--format", "xml"], b"", "'xml'"),
     (["x", "--num-beams", "2", "--num-return", "3"], b"", "num_return=3"), (["x", "--regex", "("], b"", "never closed"),
-    (["x", "--num-beams", "100000000", "--max-new-tokens", "4"], b"", "ask for"),
     (["x", "--regex", "a", "--choice", "a"], b"", "--regex and --choice exclude"), (["x", "--choice", "caf\udce9"], b"", "half a character"),
     (["x", "--json-schema", "nowhere.json"], b"", "nowhere.json"), (["x", "--ignore-end", "--regex", "a"], b"", "--regex and --ignore-end"),
+    (["x", "--num-beams", "100000000", "--max-new-tokens", "4"], b"", "ask for"),
     (["x", "--file", "nowhere.txt"], b"", "nowhere.txt"), (["x", "--model", "nowhere"], b"", "nowhere"),
     (["word " * 80], b"", "exceed the context of 64"), (["x", "--max-new-tokens", "99"], b"", "exceed the context of 64"),
     (["x", "--overflow", "wrap"], b"", "overflow='wrap'"), (["x", "--num-return", "0"], b"", "--num-return 0"),
