@@ -20,7 +20,7 @@ from minigpt.engine.evaluate import _free_folder as free_folder
 from minigpt.engine.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.deeper.text_metrics import NOT_SAID, bleu, token_f1
-from minigpt.evaluation import score_chats
+from minigpt.engine.scoring import score_chats
 from minigpt.engine.devices import pick_device
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.engine.baselines import PlainRenderer, open_model, renderer_for

@@ -17,7 +17,7 @@ import torch
 from .baselines import open_model
 from .chat_format import ChatRenderer
 from .choices import EVAL
-from ..evaluation import score_ids, score_rows
+from .scoring import score_ids, score_rows
 from ..generation import Options, stream_text
 from .devices import pick_device
 

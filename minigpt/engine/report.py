@@ -35,8 +35,9 @@ from minigpt.engine.choices import (
     OptionScore, Question, choice_accuracy, credit, load_questions,
     score_options)
 from .replies import reply_all
+from .scoring import score_chats
 from ..evaluation import (
-    Estimate, Scores, bootstrap, paired_difference, score_chats, wilson)
+    Estimate, Scores, bootstrap, paired_difference, wilson)
 
 # %% ../../nbs/engine/report.ipynb #suite
 @dataclass(frozen=True)
