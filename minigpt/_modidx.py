@@ -1228,6 +1228,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'minigpt.engine.serving.free_port': ('engine/serving.html#free_port', 'minigpt/engine/serving.py'),
                                         'minigpt.engine.serving.launch': ('engine/serving.html#launch', 'minigpt/engine/serving.py'),
                                         'minigpt.engine.serving.page_of': ('engine/serving.html#page_of', 'minigpt/engine/serving.py'),
+                                        'minigpt.engine.serving.run_server': ( 'engine/serving.html#run_server',
+                                                                               'minigpt/engine/serving.py'),
                                         'minigpt.engine.serving.visitors_page': ( 'engine/serving.html#visitors_page',
                                                                                   'minigpt/engine/serving.py'),
                                         'minigpt.engine.serving.warn_if_open': ( 'engine/serving.html#warn_if_open',

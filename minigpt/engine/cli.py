@@ -193,23 +193,15 @@ def _serve(
     it once the running answers are done (and open chat pages are closed, or
     after --grace seconds); a second one ends it at once.
     """
-    import torch
-    from minigpt.engine.hub import load_pair
-    from minigpt.engine import serving
-    from minigpt.server import Limits, create_app, named, serve
+    from minigpt.engine.serving import run_server
+    from minigpt.server import Limits
     limits = Limits(max_batch, max_queue, max_tokens, timeout, max_body,
                     max_upload=Limits.max_upload if uploads else 0,
                     temperature=temperature, top_p=top_p)
-    port = serving.free_port(host, port)
-    serving.warn_if_open(host, api_key)
-    torch.set_num_threads(threads or torch.get_num_threads())
-    pair = load_pair(model, device=device)
-    page, style = serving.page_of(*pair, adapter, uploads) if ui else (None, {})
-    app = create_app(
-        *pair, adapter=adapter, name=name or named(model, adapter),
-        limits=limits, api_key=api_key, cors=cors, ui=page, ui_style=style,
-        hosts=serving.allowed_hosts(host, allowed_host))
-    if serve(app, host, port, grace):
+    if run_server(model, limits, adapter=adapter, name=name, host=host,
+                  port=port, api_key=api_key, cors=cors, page=ui,
+                  uploads=uploads, names=allowed_host, grace=grace,
+                  device=device, threads=threads):
         raise KeyboardInterrupt
 
 # %% ../../nbs/engine/cli.ipynb #generate
