@@ -92,7 +92,7 @@ def promise(text: str, tests: str, notebook: str, rows: list[dict]) -> list:
              for bound in sorted({row["bound"] for row in found})}
     names = "".join(dict.fromkeys(f"<br>`{row['test'].rpartition('::')[2]}`" for row in found))
     peers = ", ".join(dict.fromkeys(map(peer, found)))
-    return [f"{text} ([{notebook[:2]}]({notebook}.ipynb)){names}", peers, len(found),
+    return [f"{text} ([{notebook}]({notebook}.ipynb)){names}", peers, len(found),
             ", ".join(f"{figure(value)} (bound {figure(bound)})" for bound, value in worst.items())]
 
 
@@ -166,7 +166,7 @@ def benchmarks(kept: dict[str, dict]) -> str:
     parts = [table(["what", "case", "minigpt", "peer", "ratio"], sorted(lost, key=lambda row: row[-1]))]
     for name, one in kept.items():
         spec = SPECS[name]
-        parts += [f"## {spec['title']}", f"{spec['text']} Chapter [{spec['notebook'][:2]}]({spec['notebook']}.ipynb).",
+        parts += [f"## {spec['title']}", f"{spec['text']} Notebook [{spec['notebook']}]({spec['notebook']}.ipynb).",
                   bench_table(spec, one["result"]["rows"], pairs[name]), f"`{one['command']}`: {measured_on(one)}"]
     if missing := [spec["title"] for name, spec in SPECS.items() if name not in kept]:
         parts += ["## Not measured here", f"No results are kept for: {'; '.join(missing)}. "
