@@ -47,7 +47,7 @@ class TextStream:
     def __iter__(self) -> Iterator[str]:
         held = ""
         for token in self.tokens:
-            piece, held = self._sort_out(held + self.utf8.push(token))
+            piece, held = self.sort_out(held + self.utf8.push(token))
             if piece:
                 self.text += piece
                 yield piece
@@ -59,7 +59,7 @@ class TextStream:
             self.text += held
             yield held
 
-    def _sort_out(self, text: str) -> tuple[str, str]:
+    def sort_out(self, text: str) -> tuple[str, str]:
         """What of `text` is certain, and what has to wait."""
         ends = [text.find(stop) for stop in self.stop_strings]
         if any(end >= 0 for end in ends):
