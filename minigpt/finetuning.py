@@ -38,7 +38,8 @@ from .engine.ranks import Ranks, join_ranks
 from .engine.stepper import Stepper
 from .engine.train_config import TrainConfig
 from .engine.trainer import TrainResult, train
-from .evaluation import score_chats, score_texts
+from .engine.scoring import score_chats
+from .evaluation import score_texts
 from .gpt2 import GPT2
 from .training import evaluating
 

@@ -5,18 +5,20 @@ import random
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest, ttest_rel
 
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats
-from minigpt.deeper.calibration import calibration
+from minigpt.deeper.calibration import calibration, calibration_error
 from minigpt.engine.choices import (
     Question, _option_ids as option_ids, _read_question as read_question, choice_accuracy, credit, load_questions,
     score_options)
 from minigpt.engine.ngram import NGram
 from minigpt.engine.replies import reply_all
+from minigpt.engine.scoring import score_chats, score_ids, score_rows
 from minigpt.evaluation import (
-    Scored, Scores, bits_per_byte, bootstrap, perplexity, score_chats, score_ids, score_rows, score_texts, windows)
+    Scored, Scores, bits_per_byte, bootstrap, paired_difference, perplexity, score_texts, wilson, windows)
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -203,6 +205,46 @@ def test_calibration_equals_a_plain_loop():
     assert calibration(torch.ones(3), torch.ones(3)).error == 0       # confidence 1.0 has a bin, too
 
 
+def test_calibration_error_is_that_of_all_tokens_with_an_interval_over_documents():
+    rng = np.random.default_rng(4)
+    documents = []
+    for n in (3, 40, 17, 60, 25, 80):
+        p = torch.tensor(rng.random(n))
+        documents.append(Scored(p.log(), torch.tensor(rng.random(n)) < p ** 2, p))
+    p, right = (torch.cat([getattr(d, name) for d in documents]) for name in ("confidence", "correct"))
+    found = calibration_error(documents)
+    assert found.value == pytest.approx(calibration(p, right).error) and found.n == 6
+    again = []                                                        # the bootstrap as a plain loop
+    for _ in range(600):
+        some = [documents[i] for i in rng.integers(6, size=6)]
+        again.append(calibration(torch.cat([d.confidence for d in some]), torch.cat([d.correct for d in some])).error)
+    low, high = np.quantile(again, [0.025, 0.975])
+    assert abs(found.low - low) < 0.15 * (high - low) and abs(found.high - high) < 0.15 * (high - low)
+
+
+def test_paired_difference_sees_what_two_intervals_hide():
+    """Hard and easy items make each mean uncertain; the difference is that of scipy's paired t-test."""
+    rng = np.random.default_rng(5)
+    hard = rng.exponential(3.0, 200)
+    better = hard - 0.2 + rng.normal(0, 0.3, 200)
+    found = paired_difference(hard, better)
+    theirs = ttest_rel(better, hard).confidence_interval()
+    assert found.value == pytest.approx((better - hard).mean()) and found.n == 200
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+    alone = [bootstrap(np.stack([x, np.ones(200)], 1), lambda s: s[0] / s[1]) for x in (hard, better)]
+    assert alone[0].low < alone[1].high and found.high < 0
+
+
+def test_an_interval_of_a_share_always_has_a_width_and_its_n():
+    for right, n in ((0, 1), (1, 1), (0, 12), (12, 12), (20, 20), (3.5, 7)):
+        share = wilson(right, n)
+        assert 0 <= share.low <= share.value <= share.high <= 1 and share.low < share.high
+        assert str(share).endswith(f" n={n}")
+    assert wilson(12, 12).low == pytest.approx(binomtest(12, 12).proportion_ci(method="wilson").low, abs=1e-5)
+    with pytest.raises(ValueError, match="n=0"):
+        wilson(0, 0)
+
+
 # ------------------------------------------------------------------ choices
 
 def test_bundled_sets_are_sound():
@@ -328,7 +370,8 @@ def test_a_question_that_does_not_fit_is_answered_with_nothing(tokenizer):
     torch.manual_seed(3)
     model = GPT2(GPT2Config.preset("mini", n_layer=1, block_size=64)).eval()
     renderer = ChatRenderer(tokenizer)
-    long, *short = [{"messages": [{"role": "user", "content": text}]} for text in ("so " * 100, "Hi!", "What is a whale?")]
+    long, *short = [{"messages": [{"role": "user", "content": text}]}
+                    for text in ("so " * 100, "Hi!", "What is a whale?")]
     with pytest.warns(UserWarning, match="1 of 3 conversations"):
         found = reply_all(model, renderer, [short[0], long, short[1]], max_new_tokens=8)
     assert found[1] == ("", [], "length")
@@ -338,4 +381,5 @@ def test_a_question_that_does_not_fit_is_answered_with_nothing(tokenizer):
     old = [{"role": "user", "content": "so " * 40}, {"role": "assistant", "content": "No."}, *short[1]["messages"]]
     assert reply_all(model, renderer, [{"messages": old}], max_new_tokens=8) == [found[2]]       # the oldest go
     with pytest.raises(ValueError, match="the user has to begin"):
-        reply_all(model, renderer, [short[0], {"messages": [{"role": "system", "content": "Be kind."}]}], max_new_tokens=8)
+        nobody = {"messages": [{"role": "system", "content": "Be kind."}]}
+        reply_all(model, renderer, [short[0], nobody], max_new_tokens=8)

@@ -21,7 +21,8 @@ from minigpt.engine.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.deeper.calibration import calibration
 from minigpt.deeper.text_metrics import bleu, chrf, distinct, exact_match, rouge, token_f1
-from minigpt.evaluation import score_chats, wilson
+from minigpt.engine.scoring import score_chats
+from minigpt.evaluation import wilson
 from minigpt.engine.devices import pick_device
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.engine.choices import load_questions

@@ -17,20 +17,18 @@ from torch import nn
 
 from ..bpe import BPETokenizer
 from .dataset_readers import read_rows
-from ..evaluation import Estimate, score_rows, wilson
+from .scoring import score_rows
+from ..evaluation import Estimate, wilson
 
 # %% ../../nbs/engine/choices.ipynb #question
 @dataclass(frozen=True)
 class Question:
-    """Options that may follow a context; `answer` is the right one's number.
-
-    group: what the item tests, where the set says so.
-    """
+    """Options that may follow a context."""
 
     context: str
     options: tuple[str, ...]
-    answer: int = 0
-    group: str = ""
+    answer: int = 0          # number of the right option
+    group: str = ""          # what the item tests, where the set says so
 
 # %% ../../nbs/engine/choices.ipynb #readquestion
 def _read_question(row: dict, where: str = "row") -> Question:
@@ -65,13 +63,14 @@ def _read_question(row: dict, where: str = "row") -> Question:
 EVAL = Path(str(files("minigpt"))) / "assets" / "eval"
 
 # %% ../../nbs/engine/choices.ipynb #loadquestions
-def load_questions(source: str | Path, *, config: str | None = None,
+def load_questions(source: str | Path,     # see below
+                   *, config: str | None = None,   # of a hub's data set
                    split: str = "test",
                    limit: int | None = None) -> list[Question]:
     """Questions from the package, a file, or the Hugging Face hub.
 
     source: "questions", "goals", "cloze" or "pairs" (bundled), a .jsonl
-      file, or a hub name such as "allenai/ai2_arc" (config "ARC-Easy").
+    file, or a hub name such as "allenai/ai2_arc" (config "ARC-Easy").
     Raises FileNotFoundError, or ValueError that names the bad row.
     """
     if source in ("questions", "goals", "cloze", "pairs"):
@@ -107,14 +106,14 @@ class OptionScore(NamedTuple):
 
 # %% ../../nbs/engine/choices.ipynb #scoreoptions
 def score_options(model: nn.Module, tokenizer: BPETokenizer,
-                  questions: Sequence[Question], *, renderer: Any = None,
+                  questions: Sequence[Question],
+                  *, renderer: Any = None,   # a ChatRenderer: ask in a chat
                   batch_tokens: int | None = None,
                   progress: bool = False) -> list[list[OptionScore]]:
     """Score every option of every question as a continuation.
 
-    renderer: None for plain text (the space goes with the option); a
-      ChatRenderer asks the context as the user and lets the assistant
-      say the option. Returns a list of OptionScore a question.
+    With a renderer the context is what the user asks, and the assistant
+    says the option; without one, both are plain text.
     """
     flat = [(*_option_ids(tokenizer, q.context, option, renderer), option)
             for q in questions for option in q.options]

@@ -17,7 +17,7 @@ from .baselines import open_model
 from .chat_format import ChatRenderer
 from .choices import EVAL
 from .devices import pick_device
-from ..evaluation import score_ids, score_rows
+from .scoring import score_ids, score_rows
 from ..generation import Options, RepetitionPenalty, stream_text
 
 try:

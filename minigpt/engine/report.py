@@ -30,7 +30,8 @@ from .everyday import KINDS, ask_rows, judge, load_everyday
 from .files import (
     refuse_existing, refuse_unwritable, write_files)
 from .replies import reply_all
-from ..evaluation import Estimate, bootstrap, score_chats, wilson
+from .scoring import score_chats
+from ..evaluation import Estimate, bootstrap, wilson
 
 # %% ../../nbs/engine/report.ipynb #suite
 @dataclass(frozen=True)
