@@ -383,7 +383,8 @@ body {{ font: 16px/1.5 system-ui; margin: 2rem auto; max-width: 62rem }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto }}
 td, th {{ padding: .2rem .8rem; text-align: left; vertical-align: top;
   border-bottom: 1px solid #8884; white-space: pre-wrap }}
-img {{ max-width: 100%; background: white }}</style><h1>minigpt eval: {names}</h1>
+img {{ max-width: 100%; background: white }}</style>
+<h1>minigpt eval: {names}</h1>
 <p>Suite {suite}. Brackets hold 95 % intervals, n is the number of rows;
 (few): less than 20, do not build on the interval.</p>
 {tables}<img alt="Charts that compare the models" src="{image}">
