@@ -367,7 +367,7 @@ def test_a_failure_while_answering_is_shown(small):
     session = ChatSession(*small, max_new_tokens=5)
     widget = ui.ChatWidget(session)
     session.adapter                                    # a session whose decoder fails
-    session._decoder.read = lambda tokens: 1 / 0
+    session._decoder.start = lambda prompts, room=0: 1 / 0
     widget.send("Hello")
     widget.wait()
     assert "ZeroDivisionError" in widget.page.note.value and session.messages == [] and not widget.busy

@@ -435,7 +435,7 @@ def test_exercise(number, empty, check, solution, names, capsys):
 @pytest.mark.parametrize("number, wrong, message", [
     (1, r"times = r'\d\d:\d\d'", "00:60 is too much"), (1, r"times = r'[01]\d:[0-5]\d'", "20:00 is missing"),
     (2, "def derive_and(p, byte):\n    return 'and', derive(p[1], byte), p[2]\ndef may_end_and(p):\n    return may_end(p[1])",
-     "'ab' is"), (3, "value_3 = lambda schema: value({'type': 'array', 'items': {'type': 'integer'}})", "[null, 7, true] is missing")])
+     "'abd' is too much"), (3, "value_3 = lambda schema: value({'type': 'array', 'items': {'type': 'integer'}})", "[null, 7, true] is missing")])
 def test_checks_of_exercises_find_mistakes(number, wrong, message, names, capsys):
     check = exercises("deeper/constrained")[number - 1][2]
     assert said(wrong, check, names, capsys).startswith(message)
