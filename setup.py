@@ -1,9 +1,11 @@
 """Packaging: everything that can be set lies in settings.ini."""
 import re
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
@@ -17,7 +19,20 @@ def readme() -> str:
     return re.sub(r"\]\((?![a-z]+:|#)", f"]({source}/", text)
 
 
+class BuildWithCourse(build_py):
+    """`minigpt ask` without documents answers from the lessons: their texts are cut anew for each wheel. (An sdist has no
+    notebooks: there the texts that lie in the package stay.)"""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode and Path("nbs").is_dir() and Path("tools/notebooks.py").is_file():
+            sys.path.insert(0, "tools")
+            from notebooks import write_course
+            write_course(Path(self.build_lib) / "minigpt" / "assets" / "course")
+
+
 setup(
+    cmdclass={"build_py": BuildWithCourse},
     name=ini["lib_name"],
     version=ini["version"],
     description=ini["description"],
