@@ -34,10 +34,8 @@ class Hit(Passage):
     number: int = -1   # in the retriever
 
 # %% ../nbs/09_rag.ipynb #idf
-def idf(df: int,  # passages that hold a word
-        N: int    # all passages
-        ) -> float:
-    """The weight of a word, the more the rarer it is; never negative."""
+def idf(df: int, N: int) -> float:
+    """The weight of a word that `df` of N passages hold, never negative."""
     return log1p((N - df + 0.5) / (df + 0.5))
 
 # %% ../nbs/09_rag.ipynb #bm25
@@ -213,7 +211,7 @@ def search_text(question: str, earlier: Sequence[str] = ()) -> str:
 class RAG:
     """Answers from passages."""
 
-    def __init__(self, index=None,  # a Retriever, or files: open_documents
+    def __init__(self, index=None,  # a retriever, or files: open_documents
                  reader: Callable[[str], str | None] | None = None,
                  *, k: int = 3,                 # passages to read
                  threshold: float = THRESHOLD,  # below: no answer
@@ -223,7 +221,7 @@ class RAG:
         if k < 1 or max_chars < 100 or not 0 <= threshold <= 1:
             raise ValueError(f"k={k} must be 1 or more, max_chars={max_chars}"
                              f" 100 or more, threshold={threshold} 0 to 1")
-        if not isinstance(index, Retriever):
+        if not hasattr(index, "search"):
             from minigpt.engine.docstore import open_documents
             index = open_documents(index)
         if reader is None:
@@ -236,7 +234,8 @@ class RAG:
                 ) -> tuple[list[Hit], float]:
         """The passages to read, [] if they are too weak; the confidence."""
         from minigpt.engine.answers import is_small_talk, shorten
-        text = search_text(checked(question), earlier)
+        text = search_text(checked(question), [
+            told for told in earlier if not is_small_talk(told)])
         sure = self.index.confidence(text)
         if sure < self.threshold or is_small_talk(text):
             return [], sure

@@ -306,6 +306,11 @@ class Index(Retriever):
                           ) if "vectors" in t else None
             settings, sources, origin = (json.loads(metadata[name]) for name
                                          in ("settings", "sources", "origin"))
+            check_sizes(settings["size"], settings["overlap"])
+            if not (len(bm25.start) == len(numbers) + 1
+                    and bm25.start[-1] == len(bm25.doc) == len(bm25.weight)
+                    and t["ends"][-1] == len(t["records"])):
+                raise ValueError("its arrays do not fit together")
             index = cls(Records(t["records"], t["ends"]), bm25, dense,
                         settings, sources, origin and checked_origin(origin))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
