@@ -149,7 +149,7 @@ MARK = re.compile(r">|=\s*([\"'])")
 
 
 def tag_end(page: str, at: int) -> int:
-    """Where a tag ends whose name ends at `at`; len(page) if nowhere."""
+    """Where a tag ends whose name ends at `at`; -1 if nowhere."""
     for match in MARK.finditer(page, at):
         if match.start() < at:                   # within a quoted value
             continue
@@ -158,7 +158,7 @@ def tag_end(page: str, at: int) -> int:
         at = page.find(match[1], match.end()) + 1
         if at == 0:
             break
-    return len(page)
+    return -1
 
 # %% ../../nbs/engine/documents.ipynb #html-tokens
 RAW = {"script", "style", "title", "iframe", "noembed", "noframes", "xmp"}
@@ -178,6 +178,9 @@ def html_tokens(page: str) -> Iterator[tuple[str, str, int]]:
             break
         if start[2]:
             at, tag = tag_end(page, start.end()), start[2].lower()
+            if at < 0:
+                yield "", unescape(NUMBER.sub("\ufffd", page[until:])), until
+                break
             yield start[1] + tag, "", until
             if tag in RAW and not start[1]:
                 end = re.compile(f"</{re.escape(tag)}", re.I).search(page, at)
