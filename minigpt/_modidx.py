@@ -607,6 +607,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'minigpt/engine/embedders.py'),
                                           'minigpt.engine.embedders.ModelEmbedder.__init__': ( 'engine/embedders.html#modelembedder.__init__',
                                                                                                'minigpt/engine/embedders.py'),
+                                          'minigpt.engine.embedders.made_up_questions': ( 'engine/embedders.html#made_up_questions',
+                                                                                          'minigpt/engine/embedders.py'),
                                           'minigpt.engine.embedders.mean_states': ( 'engine/embedders.html#mean_states',
                                                                                     'minigpt/engine/embedders.py'),
                                           'minigpt.engine.embedders.open_embedder': ( 'engine/embedders.html#open_embedder',

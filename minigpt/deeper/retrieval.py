@@ -144,7 +144,7 @@ class Dense:
 
     @classmethod
     def build(cls, vectors: np.ndarray,             # (N, C)
-              questions: np.ndarray | None = None,  # (n, C) of QUESTIONS
+              questions: np.ndarray | None = None,  # (n, C) of questions
               ) -> "Dense":
         """From vectors; without questions theirs is the same mean."""
         vectors = np.ascontiguousarray(vectors, np.float32)

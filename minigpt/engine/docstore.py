@@ -19,7 +19,7 @@ from ..deeper.retrieval import Dense, FastBM25
 from .documents import (MAX_BYTES, OVERLAP, SIZE, check_sizes,
                                       chunk, find_documents, parse_document,
                                       read_bytes)
-from .embedders import QUESTIONS, open_embedder
+from .embedders import made_up_questions, open_embedder
 from .files import ASSETS, atomic_file
 from ..rag import Hit, Passage, Retriever, checked, fuse, passage_terms
 
@@ -146,8 +146,10 @@ def embed_parts(parts: Sequence[Part], embedder) -> Dense | None:
         if part.vectors is None:
             texts = [f"{p.heading}\n{p.text}" for p in part.passages]
             part.vectors = np.asarray(embedder(texts), np.float32)
+    asked = made_up_questions([p.text for part in parts
+                               for p in part.passages])
     return Dense.build(np.concatenate([part.vectors for part in parts]),
-                       np.asarray(embedder(QUESTIONS), np.float32))
+                       np.asarray(embedder(asked), np.float32))
 
 # %% ../../nbs/engine/docstore.ipynb #origin
 def seen_from(path: str | Path, folder: str | Path) -> str:
