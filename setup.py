@@ -1,9 +1,12 @@
 """Packaging: everything that can be set lies in settings.ini."""
 import re
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
@@ -17,7 +20,30 @@ def readme() -> str:
     return re.sub(r"\]\((?![a-z]+:|#)", f"]({source}/", text)
 
 
+def cut_course(root: str) -> None:
+    """`minigpt ask` without documents answers from the lessons: their texts are cut anew for what is being built. (Without
+    notebooks, as in an sdist, those that lie in the package stay.)"""
+    if Path("nbs").is_dir() and Path("tools/notebooks.py").is_file():
+        sys.path.insert(0, "tools")
+        from notebooks import write_course
+        write_course(Path(root) / "minigpt" / "assets" / "course")
+
+
+class BuildPackage(build_py):
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            cut_course(self.build_lib)
+
+
+class SourceDistribution(sdist):
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        cut_course(base_dir)
+
+
 setup(
+    cmdclass={"build_py": BuildPackage, "sdist": SourceDistribution},
     name=ini["lib_name"],
     version=ini["version"],
     description=ini["description"],

@@ -48,11 +48,11 @@ def load_project(idf):
     """
     if c.project() is None:
         return None
-    from minigpt.rag import BM25
+    from minigpt.deeper.retrieval import FastBM25
 
     def index(docs):
-        built = BM25.build(docs, idf=idf)
-        return lambda query: built.search(query, TOP)[0].tolist()
+        built = FastBM25.build(docs, idf=idf)
+        return lambda query: [number for number, _ in built.search(query, TOP)]
     return index
 
 

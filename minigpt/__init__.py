@@ -25,7 +25,7 @@ _HOMES = {
     "finetune": "finetuning",
     "dpo": "finetuning", "LoraConfig": "lora", "apply_lora": "lora",
     "merge_lora": "lora", "save_adapter": "lora", "load_adapter": "lora",
-    "quantize_nf4": "lora", "Index": "rag", "RAG": "rag",
+    "quantize_nf4": "lora", "Index": "engine.docstore", "RAG": "rag",
     "ChatSession": "chat", "ChatWidget": "ui", "gradio_app": "ui",
     "create_app": "server",
 }

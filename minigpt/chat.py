@@ -24,7 +24,7 @@ from .engine.streaming import TextStream, stream_text
 from .generation import Options
 from .gpt2 import GPT2
 from .lora import adapted
-from .rag import RAG, cite, plain, reading_prompt
+from .rag import RAG
 
 # %% ../nbs/10_chat.ipynb #check-text
 def check_text(text: str) -> str:
@@ -352,17 +352,13 @@ class Speaker(Conversation):
             max_new_tokens=min(self.max_new_tokens or room, room),
             stop_ids=tuple(self.tokenizer.special_tokens.values()))
 
-    def _look_up(self, text: str) -> tuple[str, list]:
-        """What the model is asked when the user says `text`, and hits:
-        as many as fit."""
+    def _look_up(self, text: str, past: Sequence) -> tuple[str, list]:
+        """What the model is asked when the user says `text` after some
+        exchanges, and hits: as many as fit."""
         if self._documents is None or not any(map(str.isalnum, text)):
             return text, []
-        asked, hits = self._documents.prompt(text)
-        while hits and not self._fits(asked):
-            *hits, _ = hits
-            asked = reading_prompt(text, [plain(hit.text) for hit in hits]
-                                   ) if hits else text
-        return asked, hits
+        earlier = [said for said, _ in past]
+        return self._documents.prompt(text, earlier, self._fits)
 
     def _fits(self, text: str) -> bool:
         try:
@@ -412,6 +408,7 @@ class ChatSession(Speaker):
         """Which of the `hits` the last answer rests on."""
         if not self.hits:
             return []
+        from minigpt.engine.answers import cite
         return cite(self.last.exchange[1], self.last.hits)
 
     def sibling(self) -> "ChatSession":
@@ -453,7 +450,7 @@ class ChatSession(Speaker):
             self._attempt = self._attempt + 1 if text is None else 0
             if text is None:
                 *past, (text, _) = past
-            asked, hits = self._look_up(text)
+            asked, hits = self._look_up(text, past)
             ids = self.prompt(asked, past)
             pieces = self._draw(ids, past, cancel)
             try:

@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt.engine.tokenizer import Tokenizer
+from minigpt.engine.answers import cite
+from minigpt.engine.docstore import Index
 from minigpt.chat import (ChatSession, Conversation, OneAtATime, Shelf, as_documents, parse_transcript,
                           read_messages, transcript, turn_seed, write_messages)
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.engine.hub import load_pair
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
-from minigpt.rag import RAG, Index, cite
+from minigpt.rag import RAG
 
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = ["sun", " Fähre", " 😀", "\n", " 3.14", " it's", "  ", " 日本", " kite", "\t", " The", " end."]

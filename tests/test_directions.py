@@ -20,9 +20,6 @@ from style import NOT_MOVED  # noqa: E402  lessons whose modules may still impor
 
 NBS, LIB = ROOT / "nbs", ROOT / "minigpt"
 
-# Imports of earlier lessons may wait in functions here: searching an index needs no torch, which takes two seconds.
-LIGHT = {"rag"}
-
 
 def cells(path: Path) -> list[str]:
     """The code cells of a notebook, IPython's own lines (%pip, !ls) replaced by `pass`."""
@@ -134,7 +131,7 @@ def test_a_lesson_imports_earlier_lessons_only(module):
 @pytest.mark.parametrize("module", NUMBER)
 def test_a_lesson_imports_lessons_at_its_top(module):
     waiting = {target for target, top in IMPORTS[module] if not top and target in NUMBER and target != module}
-    assert not waiting or module in LIGHT, f"{module} imports {waiting} within functions"
+    assert not waiting, f"{module} imports {waiting} within functions"
 
 
 @pytest.mark.parametrize("name", [name for name in LESSONS if name not in NOT_MOVED])

@@ -528,7 +528,7 @@ def test_a_changed_block_is_what_texts_are_drawn_with(other):
 
 
 def test_a_changed_block_is_what_embeddings_and_traces_see(other):
-    from minigpt.rag import mean_states
+    from minigpt.engine.embedders import mean_states
     rows = [TEXT, TEXT[:3]]
     for layer in (1, 2, 3):
         for row, found in zip(rows, mean_states(other, rows, layer)):

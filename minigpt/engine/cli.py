@@ -105,9 +105,10 @@ def _ask(
       minigpt ask "What is a query?" --passages --k 5
     """
     from minigpt.engine import terminal
+    from minigpt.engine.answers import ModelReader
     from minigpt.rag import RAG
     source = docs if len(docs) > 1 else docs[0] if docs else None
-    rag = RAG(source, model, k=k, threshold=threshold)
+    rag = RAG(source, ModelReader(model), k=k, threshold=threshold)
     terminal.show_skipped(rag.index)
     if passages:
         terminal.show_passages(rag.index.search(question, k))
@@ -133,7 +134,7 @@ def _index(
         raise ValueError("say where the index should go, --to FOLDER: only "
                          "that of one whole folder has a place by itself")
     from minigpt.engine.terminal import show_skipped
-    from minigpt.rag import DOT, Index
+    from minigpt.engine.docstore import DOT, Index
     to = to or first / DOT
     index = Index.build(sources if len(sources) > 1 else first, to,
                         embedder=embedder, size=size, overlap=overlap,

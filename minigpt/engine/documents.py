@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'LOADERS', 'SIZE', 'OVERLAP', 'read_bytes', 'decode', 'parse_document', 'load_document', 'find_documents',
-           'split_units', 'Passage', 'chunk', 'check_sizes']
+           'split_units', 'chunk', 'check_sizes']
 
 # %% ../../nbs/engine/documents.ipynb #imports-documents
 import re
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 
 from .files import decode_text, parse_json
+from ..rag import Passage
 
 # %% ../../nbs/engine/documents.ipynb #last-before
 def last_before(marks: Sequence[tuple[int, str]], offset: int) -> str:
@@ -73,7 +75,8 @@ def decode(data: bytes,  # what a file holds
            path: str | Path  # what errors call it
            ) -> str:
     """UTF-8 text with plain line ends; ValueError if it is something else."""
-    if b"\0" in data[:8192]:
+    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    if b"\0" in data[:8192] and not utf16:
         raise ValueError(f"{path} is a binary file: it holds zero bytes")
     return decode_text(data, path)
 
@@ -141,37 +144,94 @@ def notebook_document(data: bytes, path: Path, source: str) -> Document:
         text += body + "\n\n"
     return Document(source, text, headings, places)
 
+# %% ../../nbs/engine/documents.ipynb #tag-end
+MARK = re.compile(r">|=\s*([\"'])")
+
+
+def tag_end(page: str, at: int) -> int:
+    """Where a tag ends whose name ends at `at`; -1 if nowhere."""
+    for match in MARK.finditer(page, at):
+        if match.start() < at:                   # within a quoted value
+            continue
+        if match[1] is None:
+            return match.end()
+        at = page.find(match[1], match.end()) + 1
+        if at == 0:
+            break
+    return -1
+
+# %% ../../nbs/engine/documents.ipynb #html-tokens
+RAW = {"script", "style", "title", "iframe", "noembed", "noframes", "xmp"}
+NUMBER = re.compile(r"&#[xX]?[0-9a-fA-F]{9,};?")  # of no character
+START = re.compile(r"<(?:(/?)([a-zA-Z][^\s/>]*)|!--|[!?/])")
+
+
+def html_tokens(page: str) -> Iterator[tuple[str, str, int]]:
+    """("", text, offset) and (name or "/name", "", offset) in turn."""
+    at = 0
+    while at < len(page):
+        start = START.search(page, at)
+        until = start.start() if start else len(page)
+        if until > at:
+            yield "", unescape(NUMBER.sub("\ufffd", page[at:until])), at
+        if not start:
+            break
+        if start[2]:
+            at, tag = tag_end(page, start.end()), start[2].lower()
+            if at < 0:
+                yield "", unescape(NUMBER.sub("\ufffd", page[until:])), until
+                break
+            yield start[1] + tag, "", until
+            if tag in RAW and not start[1]:
+                end = re.compile(f"</{re.escape(tag)}", re.I).search(page, at)
+                at = end.start() if end else len(page)
+        else:
+            mark = "-->" if start[0] == "<!--" else ">"
+            end = page.find(mark, until + 2)
+            at = len(page) if end < 0 else end + len(mark)
+
 # %% ../../nbs/engine/documents.ipynb #page-parser
-HIDDEN = {"script", "style", "template", "noscript", "title", "svg", "iframe"}
+HIDDEN = {"script", "style", "template", "noscript", "title", "svg",
+          "iframe", "noembed", "noframes"}
 INLINE = set("a abbr b bdi bdo cite code data dfn em font i kbd mark q s "
              "samp small span strong sub sup time tt u var wbr".split())
 
 
-class PageParser(HTMLParser):
+class Page:
     """The text of a page that a reader would see, and its headings."""
 
-    def __init__(self):
-        super().__init__()
-        self.parts, self.size, self.hidden, self.pre = [], 0, [], 0
+    def __init__(self, page: str):
+        self.parts, self.size, self.pre = [], 0, 0
+        self.hidden, self.counts = [], Counter()
         self.path, self.headings, self.places = [], [], []
         self.open = "", 0, 0     # the open heading: tag, part and offset
+        self.line, seen = 1, 0
+        for tag, text, at in html_tokens(page):
+            self.line, seen = self.line + page.count("\n", seen, at), at
+            if not tag:
+                self.add(text if self.pre else re.sub(r"\s+", " ", text))
+            elif tag[0] == "/":
+                self.end(tag[1:])
+            else:
+                self.start(tag)
 
-    def handle_starttag(self, tag: str, attrs: list) -> None:
+    def start(self, tag: str) -> None:
+        """A tag begins."""
         if tag in HIDDEN:
             self.hidden.append(tag)
+            self.counts[tag] += 1
         elif tag not in INLINE:
             self.add("\n" if tag in ("br", "li", "tr") else "\n\n")
         self.pre += tag == "pre"
         if re.fullmatch("h[1-6]", tag) and not self.hidden:
             self.open = tag, len(self.parts), self.size
 
-# %% ../../nbs/engine/documents.ipynb #page-parser2
-class PageReader(PageParser):
-    """A PageParser that handles text and the ends of tags, too."""
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.hidden:
-            del self.hidden[self.hidden.index(tag):]
+    def end(self, tag: str) -> None:
+        """A tag ends, and with it the hidden ones that were left open."""
+        if self.counts[tag]:
+            while (last := self.hidden.pop()) != tag:
+                self.counts[last] -= 1
+            self.counts[tag] -= 1
         elif tag == self.open[0] and not self.hidden:
             (_, part, at), self.open = self.open, ("", 0, 0)
             title = " ".join("".join(self.parts[part:]).split())
@@ -182,29 +242,20 @@ class PageReader(PageParser):
             self.add("\n\n" if tag not in ("br", "li", "tr", "td", "th")
                      else " ")
 
-    def handle_data(self, data: str) -> None:
-        self.add(data if self.pre else re.sub(r"\s+", " ", data))
-
     def add(self, text: str) -> None:
         """Append text, but no blanks after white space."""
         if self.hidden or text.isspace() and not self.pre and (
                 not self.parts or self.parts[-1].endswith("\n\n")):
             return
-        self.places.append((self.size, f"line {self.getpos()[0]}"))
+        self.places.append((self.size, f"line {self.line}"))
         self.parts.append(text)
         self.size += len(text)
 
 # %% ../../nbs/engine/documents.ipynb #html-loader
 def html_document(data: bytes, path: Path, source: str) -> Document:
     """The visible text of a page; places are lines of the html file."""
-    reader = PageReader()
-    try:
-        reader.feed(decode(data, path))
-        reader.close()
-    except AssertionError as error:              # how html.parser gives up
-        raise ValueError(f"{path} is broken html: {error!s:.80}") from None
-    return Document(source, "".join(reader.parts), reader.headings,
-                    reader.places)
+    page = Page(decode(data, path))
+    return Document(source, "".join(page.parts), page.headings, page.places)
 
 # %% ../../nbs/engine/documents.ipynb #pdf-loader
 def pdf_document(data: bytes, path: Path, source: str) -> Document:
@@ -335,32 +386,30 @@ def chunk_spans(units: Sequence[tuple[int, int, bool]], size: int,
                 overlap: int) -> list[tuple[int, int]]:
     """Join units to (start, end) of at most `size` characters; each span
     repeats up to `overlap` characters of the one before."""
-    spans, i, j = [], 0, 0
-    while j < len(units):
-        begin, j, done = units[i][0], max(i, j) + 1, j
-        while j < len(units) and units[j][1] - begin <= size:
-            j += 1
-        ends = [n for n in range(done + 1, j + 1) if units[n - 1][2]
-                and units[n - 1][1] - begin >= size / 2]
-        j = ends[-1] if ends and j < len(units) else j
-        spans.append((begin, units[j - 1][1]))
-        i = j
-        while (j < len(units) and units[i - 1][0] > begin
-               and units[j - 1][1] - units[i - 1][0] <= overlap
-               and units[j][1] - units[i - 1][0] <= size):
-            i -= 1
+    spans, first, end = [], 0, 0    # a span is units[first:end]
+    while end < len(units):
+        new, begin = end, units[first][0]   # units[new:] are in no span yet
+        end = new + 1
+        while end < len(units) and units[end][1] - begin <= size:
+            end += 1
+        if end < len(units):
+            end = paragraph_end(units, new, end, begin + size / 2)
+        spans.append((begin, units[end - 1][1]))
+        stop, first = units[end - 1][1], end
+        while (end < len(units) and units[first - 1][0] > begin
+               and stop - units[first - 1][0] <= overlap
+               and units[end][1] - units[first - 1][0] <= size):
+            first -= 1
     return spans
 
-# %% ../../nbs/engine/documents.ipynb #passage
-@dataclass(frozen=True)
-class Passage:
-    """A piece of a document: text is document.text[start:end]."""
-    text: str
-    source: str
-    heading: str
-    place: str
-    start: int
-    end: int
+
+def paragraph_end(units: Sequence[tuple[int, int, bool]], new: int, end: int,
+                  least: float) -> int:
+    """The last n from new + 1 to end for which units[:n] ends a paragraph
+    at offset `least` or later; `end` if there is none."""
+    ends = [n for n in range(new + 1, end + 1)
+            if units[n - 1][2] and units[n - 1][1] >= least]
+    return ends[-1] if ends else end
 
 # %% ../../nbs/engine/documents.ipynb #chunk
 SIZE, OVERLAP = 600, 120

@@ -147,7 +147,7 @@ IndexFolder = Annotated[Path | None, Option("--to", parser=path, help=(
     "Folder for the index; may be left out for one folder: "
     ".minigpt-index in it."))]
 Embedder = Annotated[str | None, Option(parser=name, help=(
-    "Also make vectors: minigpt, or a model of sentence-transformers."))]
+    "Also make vectors: minigpt, or minigpt:2 for two blocks."))]
 Size = Annotated[int, Option(help="The most characters of a passage.")]
 Overlap = Annotated[int, Option(
     help="How many of them the next may repeat.")]

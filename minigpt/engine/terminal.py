@@ -107,11 +107,14 @@ def _print_answer(session, prompt: str) -> None:
 # %% ../../nbs/engine/terminal.ipynb #index
 def show_skipped(index) -> None:
     """Tell on standard error which files could not be read, and whether
-    the index had to be made anew."""
+    the index had to be made anew, or would have to be."""
     if index.renewed:
         print("the documents have changed: indexed again, "
               f"{index.kept} of {len(index.sources)} files unchanged",
               file=sys.stderr)
+    if index.stale:
+        print("the documents have changed since this index was made: update "
+              "it with minigpt index", file=sys.stderr)
     for _, why in index.skipped:
         print(printable(f"skipped: {' '.join(why.split())}"), file=sys.stderr)
 
@@ -125,7 +128,7 @@ def show_passages(hits: Iterable  # of Index.search
                         f"         {text}\n"))
 
 # %% ../../nbs/engine/terminal.ipynb #show-answer
-def show_answer(answer,        # an Answer of `minigpt.rag`
+def show_answer(answer,        # of RAG.ask
                 as_json: bool  # all of it, as one line of JSON
                 ) -> None:
     """Print an answer with its sources."""
