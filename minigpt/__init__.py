@@ -23,8 +23,9 @@ _HOMES = {
     "perplexity": "evaluation", "bits_per_byte": "evaluation",
     "bleu": "evaluation", "Votes": "evaluation", "finetune": "finetuning",
     "dpo": "finetuning", "LoraConfig": "lora", "apply_lora": "lora",
-    "merge_lora": "lora", "save_adapter": "lora", "load_adapter": "lora",
-    "quantize_nf4": "lora", "Index": "rag", "RAG": "rag",
+    "merge_lora": "lora", "save_adapter": "engine.adapters",
+    "load_adapter": "engine.adapters",
+    "quantize_nf4": "deeper.quantization", "Index": "rag", "RAG": "rag",
     "ChatSession": "chat", "ChatWidget": "ui", "gradio_app": "ui",
     "create_app": "server",
 }

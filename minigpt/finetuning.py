@@ -392,9 +392,11 @@ def check_out(out: str | Path | None, resume: bool | str) -> Path | None:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file: name a folder")
-    if (out / "model").exists() and not resume:
+    made = [out / kind for kind in ("model", "adapter")
+            if (out / kind).exists()]
+    if made and not resume:
         raise FileExistsError(
-            f"{out} holds a model already, {out / 'model'}: name another "
+            f"{out} holds a model already, {made[0]}: name another "
             "folder, or go on with a tuning that was stopped (--resume, "
             "resume=True)")
     refuse_unwritable(out)
@@ -472,10 +474,17 @@ def row_length(config: TrainConfig | dict | None, model: GPT2) -> int:
 # %% ../nbs/07_finetuning.ipynb #savetuned
 def save_tuned(result: FinetuneResult, tokenizer: BPETokenizer,
                ranks: Ranks) -> None:
-    """Write the model of a run into its folder, if it has one."""
+    """Write the model of a run into its folder, if it has one; of a model
+    with an adapter the adapter alone."""
     from minigpt.deeper.distributed import whole_model
     finished = whole_model(result.model, ranks.rank)
-    if result.folder is not None and not ranks.rank:
+    if result.folder is None or ranks.rank:
+        return
+    if hasattr(finished, "adapters"):
+        from minigpt.engine.adapters import save_adapter
+        save_adapter(finished, result.folder / "adapter",
+                     finished.adapters.active, overwrite=True)
+    else:
         finished.save_pretrained(result.folder / "model", tokenizer,
                                  overwrite=True)
 

@@ -49,6 +49,7 @@ from torch import Tensor
 from . import __version__
 from .attention import set_attn_implementation
 from .bpe import BPETokenizer
+from .engine.adapters import adapted
 from .engine.chat_format import CHAT_TOKENS, ChatRenderer
 from .engine.hub import load_pair
 from .engine.kernels import for_inference, shallow_copy
@@ -56,7 +57,6 @@ from .generation import (Generation, KVCache, Options,
                                 RepetitionPenalty, Sample, TextStream,
                                 as_prompts, check)
 from .gpt2 import GPT2, GPT2Config
-from .lora import adapted
 
 # %% ../nbs/11_server.ipynb #slots
 class Slots:

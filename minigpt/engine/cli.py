@@ -357,6 +357,7 @@ def _finetune(
     config: opt.Config = None, split: opt.Split = None, limit: opt.Limit = None,
     skip_bad: opt.SkipBad = False, too_long: opt.TooLong = "error",
     add_chat_tokens: opt.AddChatTokens = False, epochs: opt.Epochs = None,
+    lora: opt.Lora = [], nf4: opt.NF4 = False,
     beta: opt.Beta = 0.1, settings: opt.Settings = [],
     out: opt.RunFolder = Path("runs/finetune"), resume: opt.Resume = False,
     quiet: opt.Quiet = False,
@@ -369,14 +370,18 @@ def _finetune(
       minigpt finetune minigpt-chat --data talks.jsonl --set lr=1e-4
       minigpt finetune gpt2 --data chats --too-long cut --add-chat-tokens
       minigpt finetune minigpt-chat --pairs preferences
+      minigpt finetune minigpt-chat --data talks.jsonl --lora r=8
 
-    Afterwards: minigpt chat --model runs/finetune/model
+    Afterwards: minigpt chat --model runs/finetune/model, or with --lora
+    minigpt chat --adapter runs/finetune/adapter (--model BASE, if it was not
+    minigpt-chat)
     """
     from minigpt.engine.runs import finetune_files, say_end
     result = finetune_files(
         model, data=data, pairs=pairs, held=held, text=text, config=config,
         split=split, limit=limit, skip_bad=skip_bad, too_long=too_long,
         add_chat_tokens=add_chat_tokens, epochs=epochs, beta=beta,
+        lora=parse_settings(lora, "--lora r=8"), nf4=nf4,
         settings=parse_settings(settings), out=out, resume=resume,
         progress=not quiet)
     raise typer.Exit(say_end(result))
