@@ -32,7 +32,7 @@ class LoraConfig:
     use_rslora: bool = False  # lora_alpha / sqrt(r): Kalajdzievski (2023)
 
     def __post_init__(self):
-        from minigpt.engine.adapters import check_lora
+        from minigpt.engine.checks import check_lora
         check_lora(self)
 
     @property

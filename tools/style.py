@@ -13,7 +13,7 @@ from notebooks import LIB, exercises, kind_of, name_of, notebooks, read, source 
 
 # Notebooks that are not yet held to the limits.
 NOT_MOVED = ("05_generation", "06_evaluation", "07_finetuning",
-             "08_lora", "09_rag", "10_chat", "11_server", "12_ui")
+             "09_rag", "10_chat", "11_server", "12_ui")
 MANY = float("inf")
 LESSON = {
     "cells": (0, 120),
