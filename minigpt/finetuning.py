@@ -34,6 +34,7 @@ from .engine.chat_format import (
 from .engine.dataset_readers import (
     DATA, as_chat, load_chats, read_rows)
 from .engine.files import refuse_unwritable
+from .engine.hub import save_trained
 from .engine.ranks import Ranks, join_ranks
 from .engine.stepper import Stepper
 from .engine.train_config import TrainConfig
@@ -478,15 +479,8 @@ def save_tuned(result: FinetuneResult, tokenizer: BPETokenizer,
     with an adapter the adapter alone."""
     from minigpt.deeper.distributed import whole_model
     finished = whole_model(result.model, ranks.rank)
-    if result.folder is None or ranks.rank:
-        return
-    if hasattr(finished, "adapters"):
-        from minigpt.engine.adapters import save_adapter
-        save_adapter(finished, result.folder / "adapter",
-                     finished.adapters.active, overwrite=True)
-    else:
-        finished.save_pretrained(result.folder / "model", tokenizer,
-                                 overwrite=True)
+    if result.folder is not None and not ranks.rank:
+        save_trained(finished, result.folder, tokenizer)
 
 # %% ../nbs/07_finetuning.ipynb #measurewhole
 def measure_whole(model: GPT2, found: Callable[[GPT2], dict], ranks: Ranks

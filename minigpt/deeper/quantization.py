@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..engine.adapters import linear_layers
 from ..engine.kernels import first_order
 from ..gpt2 import GPT2
-from ..lora import linear_layers
 
 # %% ../../nbs/deeper/quantization.ipynb #nf4code
 def nf4_code() -> Tensor:  # (16,), sorted, from -1 to 1
