@@ -93,8 +93,9 @@ def _tune_pairs(model, tokenizer, source: str, split: str | None,
 # %% ../../nbs/engine/runs.ipynb #with-adapter
 def _with_adapter(model, name: str,  # of the model
                   values: dict,      # fields of LoraConfig
-                  nf4: bool) -> None:
+                  nf4: bool, seed) -> None:
     """Give a model an adapter to train, in place, over NF4 if `nf4`."""
+    import torch
     from minigpt.lora import LoraConfig, apply_lora
     known = LoraConfig.__dataclass_fields__
     for key in values:
@@ -109,6 +110,8 @@ def _with_adapter(model, name: str,  # of the model
     if nf4:
         from minigpt.deeper.quantization import quantize_model
         quantize_model(model)
+    # a bad seed is TrainConfig's to refuse
+    torch.manual_seed(seed if isinstance(seed, int) else 0)
     apply_lora(model, config).adapters.base_model = name
 
 # %% ../../nbs/engine/runs.ipynb #finetune-files
@@ -151,8 +154,8 @@ def finetune_files(model: str,  # folder or name of what is tuned
     if add_chat_tokens:
         gpt, tokenizer = finetuning.add_chat_tokens(gpt, tokenizer)
     if lora:
-        _with_adapter(gpt, model, lora, nf4)
         settings = {"lr": 5e-4 if pairs else 2e-3, **(settings or {})}
+        _with_adapter(gpt, model, lora, nf4, settings.get("seed", 0))
     shared = {"held": held, "config": settings, "out": out,
               "resume": resume, "progress": progress}
     if pairs:
