@@ -1,7 +1,8 @@
 """One LoRA step (r=8 on c_attn, c_proj, c_fc) against one full fine-tuning step of the same GPT-2: tokens/s, peak RSS.
 
-  python benchmarks/lora_step.py [--configs mini gpt2-small] [--dtypes fp32 bf16] [--steps 4] [--rounds 2]
+  python benchmarks/lora_step.py [--configs shipped gpt2-small] [--dtypes fp32 bf16] [--steps 4] [--rounds 2]
 
+The loss is F.cross_entropy over whole logits in every row but "LoRA, train()'s loss", so that rows differ in nothing else.
 Every measurement is its own process (so that peak RSS is its own); methods alternate. `rss_mb` is the peak RSS less
 that of the bare imports; `state_mb` the optimizer's state. With BENCH_THREADS=1 `vs_full` is taken from CPU time.
 """
@@ -23,16 +24,20 @@ def load_project(cfg, method):
     if minigpt is None:
         return None
     import torch
+    from minigpt.deeper.quantization import quantize_model
     from minigpt.engine.kernels import use_kernels
     from minigpt.gpt2 import GPT2, GPT2Config
     from minigpt.lora import LoraConfig, apply_lora
     from minigpt.training import summed_loss
     model = GPT2(GPT2Config(vocab_size=cfg["vocab"], block_size=cfg["block"], n_layer=cfg["n_layer"],
                             n_head=cfg["n_head"], n_embd=cfg["n_embd"])).train()
+    if method.endswith("NF4"):
+        quantize_model(model)
     if method.startswith("LoRA"):
         apply_lora(model, LoraConfig(r=RANK, lora_alpha=16, lora_dropout=0.0, target_modules=TARGETS))
-
-    loss_of = use_kernels(model) or summed_loss    # as train() does
+    loss_of = use_kernels(model)                   # as train() does
+    if not method.endswith("train()'s loss"):
+        loss_of = summed_loss
 
     def loss(x, y):
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
@@ -95,19 +100,20 @@ def one(config, engine, method, dtype, steps):
 
 def main():
     ap = argparse.ArgumentParser()
-    ap.add_argument("--configs", nargs="*", default=["mini", "gpt2-small"])
+    ap.add_argument("--configs", nargs="*", default=["shipped", "gpt2-small"])
     ap.add_argument("--dtypes", nargs="*", default=["fp32", "bf16"])
     ap.add_argument("--steps", type=int, default=4)
     ap.add_argument("--rounds", type=int, default=2)
     a = ap.parse_args()
-    cases = [("HF", "full"), ("peft", "LoRA"), ("minigpt", "full"), ("minigpt", "LoRA")]
+    cases = [("HF", "full"), ("peft", "LoRA"), ("minigpt", "full"), ("minigpt", "LoRA"),
+             ("minigpt", "LoRA, train()'s loss"), ("minigpt", "LoRA over NF4")]
     rows = []
     for config in a.configs:
         for dtype in a.dtypes:
             results = {}
             for _ in range(a.rounds):
                 for engine, method in cases:
-                    r, reason = c.in_subprocess(one, config, engine, method, dtype, a.steps, timeout_s=300)
+                    r, reason = c.in_subprocess(one, config, engine, method, dtype, a.steps, timeout_s=600)
                     if r:
                         results.setdefault((engine, method), []).append(r)
                     elif reason:

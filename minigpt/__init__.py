@@ -24,8 +24,10 @@ _HOMES = {
     "bleu": "deeper.text_metrics", "Votes": "engine.ballots",
     "finetune": "finetuning",
     "dpo": "finetuning", "LoraConfig": "lora", "apply_lora": "lora",
-    "merge_lora": "lora", "save_adapter": "lora", "load_adapter": "lora",
-    "quantize_nf4": "lora", "Index": "engine.docstore", "RAG": "rag",
+    "merge_lora": "lora", "save_adapter": "engine.adapters",
+    "load_adapter": "engine.adapters",
+    "quantize_nf4": "deeper.quantization", "Index": "engine.docstore",
+    "RAG": "rag",
     "ChatSession": "chat", "ChatWidget": "ui", "gradio_app": "ui",
     "create_app": "server",
 }

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .bpe import BPETokenizer
+from .engine.adapters import adapted
 from .engine.chat_format import ChatRenderer, check_messages
 from .engine.files import decode_text, parse_json, write_text
 from .engine.hub import load_pair
 from .engine.streaming import TextStream, stream_text
 from .generation import Options
 from .gpt2 import GPT2
-from .lora import adapted
 from .rag import RAG
 
 # %% ../nbs/10_chat.ipynb #check-text

@@ -34,6 +34,7 @@ from .engine.chat_format import (
 from .engine.dataset_readers import (
     DATA, as_chat, load_chats, read_rows)
 from .engine.files import refuse_unwritable
+from .engine.hub import save_trained
 from .engine.ranks import Ranks, join_ranks
 from .engine.stepper import Stepper
 from .engine.train_config import TrainConfig
@@ -361,9 +362,11 @@ def check_out(out: str | Path | None, resume: bool | str) -> Path | None:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file: name a folder")
-    if (out / "model").exists() and not resume:
+    made = [out / kind for kind in ("model", "adapter")
+            if (out / kind).exists()]
+    if made and not resume:
         raise FileExistsError(
-            f"{out} holds a model already, {out / 'model'}: name another "
+            f"{out} holds a model already, {made[0]}: name another "
             "folder, or go on with a tuning that was stopped (--resume, "
             "resume=True)")
     refuse_unwritable(out)
@@ -441,12 +444,12 @@ def row_length(config: TrainConfig | dict | None, model: GPT2) -> int:
 # %% ../nbs/07_finetuning.ipynb #savetuned
 def save_tuned(result: FinetuneResult, tokenizer: BPETokenizer,
                ranks: Ranks) -> None:
-    """Write the model of a run into its folder, if it has one."""
+    """Write the model of a run into its folder, if it has one; of a model
+    with an adapter the adapter alone."""
     from minigpt.deeper.distributed import whole_model
     finished = whole_model(result.model, ranks.rank)
     if result.folder is not None and not ranks.rank:
-        finished.save_pretrained(result.folder / "model", tokenizer,
-                                 overwrite=True)
+        save_trained(finished, result.folder, tokenizer)
 
 # %% ../nbs/07_finetuning.ipynb #measurewhole
 def measure_whole(model: GPT2, found: Callable[[GPT2], dict], ranks: Ranks

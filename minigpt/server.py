@@ -49,6 +49,7 @@ from torch import Tensor
 from . import __version__
 from .attention import set_attn_implementation
 from .bpe import BPETokenizer
+from .engine.adapters import adapted
 from .engine.cache import KVCache
 from .engine.chat_format import CHAT_TOKENS, ChatRenderer
 from .engine.hub import load_pair
@@ -59,7 +60,7 @@ from .engine.prompts import as_prompts
 from .engine.streaming import TextStream
 from .generation import Options, Sampler, check
 from .gpt2 import GPT2, GPT2Config
-from .lora import adapted
+
 
 # %% ../nbs/11_server.ipynb #slots
 class Slots:

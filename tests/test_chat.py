@@ -514,7 +514,8 @@ def test_messages_are_a_copy(small):
 @pytest.fixture(scope="module")
 def adapters(small, tmp_path_factory):
     """Two adapters that change the small model, and the models that torch gives by adding B @ A by hand."""
-    from minigpt.lora import LoraConfig, apply_lora, save_adapter
+    from minigpt.engine.adapters import save_adapter
+    from minigpt.lora import LoraConfig, apply_lora
     made = {}
     for seed in (1, 2):
         torch.manual_seed(seed)

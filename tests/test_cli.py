@@ -426,7 +426,8 @@ def test_commands(commands):
 
 
 def test_commands_for_adapters_and_documents(commands, small_folder, tmp_path):
-    from minigpt.lora import LoraConfig, apply_lora, save_adapter
+    from minigpt.engine.adapters import save_adapter
+    from minigpt.lora import LoraConfig, apply_lora
     model = GPT2.from_pretrained(small_folder)
     save_adapter(apply_lora(model, LoraConfig(r=2)), tmp_path / "my adapter")
     (tmp_path / "my notes").mkdir()

@@ -1,6 +1,7 @@
 """`minigpt finetune`: every reader of chapter 01, pairs, resume, errors in one line and with exit code 2."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import minigpt
+from safetensors.torch import load_file
 
+from minigpt.engine.adapters import adapted
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -121,6 +124,47 @@ def test_pairs_and_resume(base, tmp_path):
     changed = run(base, "--pairs", "preferences", "--limit", 12, "--out", tmp_path / "run", "--quiet", *steps,
                   "--set", "max_steps=5", "--resume", code=2)
     assert "max_steps: 3 then, 5 now" in changed
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["", "nf4"])
+def test_an_adapter_is_made_and_chatted_with(base, tmp_path, nf4):
+    """The adapter alone is saved; on the model as it is, it gives the tuned answers (on NF4's weights it was trained on)."""
+    said = run(base, "--data", written(tmp_path / "data", "pairs.jsonl"), "--lora", "r=4", "--lora", "target_modules=c_attn,c_fc",
+               *["--nf4"] * nf4, "--out", tmp_path / "run", "--quiet", "--text", "", "--set", "max_steps=40", "--set", "lr=0.03",
+               "--set", "batch_size=4")
+    assert said.splitlines()[-1] == f"saved in {tmp_path / 'run' / 'adapter'}"
+    assert not (tmp_path / "run" / "model").exists()
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["target_modules"], config["base_model_name_or_path"]) == (4, ["c_attn", "c_fc"], str(base))
+    merged = adapted(GPT2.from_pretrained(base), tmp_path / "run" / "adapter")
+    merged.save_pretrained(tmp_path / "merged", Tokenizer.from_pretrained(base))
+    asked = ["--temperature", 0, "--max-new-tokens", 12, "Is 7 a number?"]
+    plain, tuned = (minigpt("chat", "--model", model, *asked)[0] for model in (base, tmp_path / "merged"))
+    assert minigpt("chat", "--model", base, "--adapter", tmp_path / "run" / "adapter", *asked)[0] == tuned != plain
+    again = run(base, "--data", "chats", "--lora", "r=4", "--out", tmp_path / "run", *FAST, code=2)
+    assert "holds a model already" in again and "adapter" in again
+
+
+def test_an_adapter_is_resumed_and_learns_preferences(base, tmp_path):
+    steps = ["--pairs", "preferences", "--limit", 12, "--quiet", "--lora", "r=2", "--set", "batch_size=4"]
+    run(base, *steps, "--out", tmp_path / "whole", "--set", "max_steps=4", "--set", "save_every=2")
+    run(base, *steps, "--out", tmp_path / "cut", "--set", "max_steps=4", "--set", "save_every=2")
+    for folder in [tmp_path / "cut" / "adapter", tmp_path / "cut" / "step-00000004"]:
+        shutil.rmtree(folder)
+    run(base, *steps, "--out", tmp_path / "cut", "--set", "max_steps=4", "--set", "save_every=2", "--resume")
+    whole, cut = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert any(tensor.any() for key, tensor in whole.items() if "lora_B" in key)
+    assert all(torch.equal(tensor, cut[key]) for key, tensor in whole.items())
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--nf4"], "such as --lora r=8"), (["--lora", "r=0"], "r=0"), (["--lora", "r"], "such as --lora r=8"),
+    (["--lora", "rank=8"], "'rank' is no field of LoraConfig; there are: r, lora_alpha"),
+    (["--lora", "target_modules=q_proj"], "'q_proj'"), (["--lora", "bias=all"], "'bias' is no field"),
+    (["--lora", "r=8", "--add-chat-tokens"], "an adapter can't hold")])
+def test_bad_adapters(base, tmp_path, arguments, words):
+    assert words in run(base, "--data", "chats", "--out", tmp_path / "run", *FAST, *arguments, code=2)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("arguments, words", [

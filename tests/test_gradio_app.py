@@ -51,7 +51,8 @@ seen: list[str] = []
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
     """An adapter that makes the shipped model say something else."""
-    from minigpt.lora import LoraConfig, apply_lora, save_adapter
+    from minigpt.engine.adapters import save_adapter
+    from minigpt.lora import LoraConfig, apply_lora
     model = GPT2.from_pretrained()
     apply_lora(model, LoraConfig(r=2, lora_alpha=4))
     torch.manual_seed(0)

@@ -767,7 +767,8 @@ def test_a_page_without_uploads_takes_no_files(small, tmp_path, monkeypatch):
 
 def test_an_adapter_is_merged_and_gives_its_name(small, tmp_path):
     """The server with an adapter draws what `generate` draws with the adapted model, and not what the base model does."""
-    from minigpt.lora import LoraConfig, adapted, apply_lora, save_adapter
+    from minigpt.engine.adapters import adapted, save_adapter
+    from minigpt.lora import LoraConfig, apply_lora
     model, tokenizer = small
     tuned = GPT2(model.config)
     tuned.load_state_dict(model.state_dict())

@@ -36,7 +36,6 @@ def _minigpt(ctx: typer.Context, version: opt.Version = False) -> None:
     Examples:
       minigpt chat
       minigpt chat "What is a whale?"
-      echo "Tell me a joke" | minigpt chat
 
     Errors are one line; MINIGPT_DEBUG=1 shows where they come from.
     """
@@ -70,7 +69,6 @@ def _chat(
 
     \b
     Examples:
-      minigpt chat
       minigpt chat "What is a whale?"
       echo "Tell me a joke" | minigpt chat
       minigpt chat --temperature 0 --system "Be brief." < letter.txt
@@ -265,9 +263,8 @@ def _generate(
         early_stopping=files.EARLY[early_stopping],
         diversity_penalty=diversity_penalty)
     gpt, tokenizer = load_pair(model, device=device)
-    options = files.with_texts(options, tokenizer, ban=ban, begin=begin,
-                               ignore_end=ignore_end, pattern=pattern,
-                               stop=stop)
+    options = files.with_texts(options, tokenizer, ban=ban, begin=begin, stop=stop,
+                               ignore_end=ignore_end, pattern=pattern)
     rows = files.generate_rows(
         gpt, tokenizer, texts, options, chat=chat, int8=int8, beams=beams,
         num_return=num_return, batch_size=batch_size, draft=draft,
@@ -356,6 +353,7 @@ def _finetune(
     config: opt.Config = None, split: opt.Split = None, limit: opt.Limit = None,
     skip_bad: opt.SkipBad = False, too_long: opt.TooLong = "error",
     add_chat_tokens: opt.AddChatTokens = False, epochs: opt.Epochs = None,
+    lora: opt.Lora = [], nf4: opt.NF4 = False,
     beta: opt.Beta = 0.1, settings: opt.Settings = [],
     out: opt.RunFolder = Path("runs/finetune"), resume: opt.Resume = False,
     quiet: opt.Quiet = False,
@@ -368,14 +366,18 @@ def _finetune(
       minigpt finetune minigpt-chat --data talks.jsonl --set lr=1e-4
       minigpt finetune gpt2 --data chats --too-long cut --add-chat-tokens
       minigpt finetune minigpt-chat --pairs preferences
+      minigpt finetune minigpt-chat --data talks.jsonl --lora r=8
 
-    Afterwards: minigpt chat --model runs/finetune/model
+    Afterwards: minigpt chat --model runs/finetune/model, or with --lora
+    minigpt chat --adapter runs/finetune/adapter (--model BASE, if it was not
+    minigpt-chat)
     """
     from minigpt.engine.runs import finetune_files, say_end
     result = finetune_files(
         model, data=data, pairs=pairs, held=held, text=text, config=config,
         split=split, limit=limit, skip_bad=skip_bad, too_long=too_long,
         add_chat_tokens=add_chat_tokens, epochs=epochs, beta=beta,
+        lora=parse_settings(lora, "--lora r=8"), nf4=nf4,
         settings=parse_settings(settings), out=out, resume=resume,
         progress=not quiet)
     raise typer.Exit(say_end(result))

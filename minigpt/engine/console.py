@@ -80,15 +80,16 @@ def error_of(call: Callable,    # what is expected to fail
 PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 
-def parse_settings(pairs: Iterable[str]  # "name=value" texts
+def parse_settings(pairs: Iterable[str],  # "name=value" texts
+                   flag: str = "--set lr=3e-4"  # an example of such an option
                    ) -> dict[str, Any]:
     """Values by name; ValueError for a text that is no pair."""
     settings = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign or not name:
-            raise ValueError(f"--set {pair!r} must be name=value, such as "
-                             "--set lr=3e-4")
+            raise ValueError(f"{flag.split()[0]} {pair!r} must be name=value, "
+                             f"such as {flag}")
         try:
             settings[name] = (PYTHON_WORDS[value] if value in PYTHON_WORDS
                               else json.loads(value))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'HUB_NAMES', 'config_from_hf', 'config_to_hf', 'read_config', 'find_model', 'load_model', 'load_pair',
-           'save_model', 'save_int8']
+           'save_model', 'save_trained', 'save_int8']
 
 # %% ../../nbs/engine/hub.ipynb #imports
 import os
@@ -248,6 +248,18 @@ def save_model(model: GPT2,  # stays as it is
             path = aside / "tokenizer_config.json"
             values = read_json(path, dict)
             write_json(path, values | {"model_max_length": config.block_size})
+
+# %% ../../nbs/engine/hub.ipynb #save-trained
+def save_trained(model: GPT2,  # as a run left it
+                 folder: Path,  # of the run
+                 tokenizer) -> None:
+    """Write folder/model, or folder/adapter; what is there is replaced."""
+    if hasattr(model, "adapters"):
+        from minigpt.engine.adapters import save_adapter
+        save_adapter(model, folder / "adapter", model.adapters.active,
+                     overwrite=True)
+    else:
+        model.save_pretrained(folder / "model", tokenizer, overwrite=True)
 
 # %% ../../nbs/engine/hub.ipynb #save-int8
 def save_int8(model: GPT2,  # stays as it is

@@ -259,6 +259,11 @@ AddChatTokens = Annotated[bool, Option(
     "--add-chat-tokens", help="Add them where the tokenizer has none.")]
 Epochs = Annotated[float | None, Option(callback=_positive, help=(
     "How often all is read [default: 3, for pairs 1]"))]
+Lora = Annotated[list[str], Option("--lora", help=(
+    "Train a LoRA adapter, not the model: name=value, a field of LoraConfig, "
+    "such as r=8 or target_modules=c_attn,c_proj; repeatable."))]
+NF4 = Annotated[bool, Option("--nf4", help=(
+    "Keep the frozen weights below an adapter in 4 bits (QLoRA)."))]
 Beta = Annotated[float, Option(help="DPO: hold to the old model.")]
 
 # %% ../../nbs/engine/options.ipynb #eval

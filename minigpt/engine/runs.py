@@ -90,6 +90,30 @@ def _tune_pairs(model, tokenizer, source: str, split: str | None,
         rows, judge = split_held(rows, 0.1, lambda p: p.prompt[-1]["content"])
     return dpo(model, rows, tokenizer=tokenizer, held=judge, **settings)
 
+# %% ../../nbs/engine/runs.ipynb #with-adapter
+def _with_adapter(model, name: str,  # of the model
+                  values: dict,      # fields of LoraConfig
+                  nf4: bool, seed) -> None:
+    """Give a model an adapter to train, in place, over NF4 if `nf4`."""
+    import torch
+    from minigpt.lora import LoraConfig, apply_lora
+    known = LoraConfig.__dataclass_fields__
+    for key in values:
+        if key not in known:
+            raise ValueError(f"--lora {key}={values[key]}: {key!r} is no "
+                             f"field of LoraConfig; there are: "
+                             f"{', '.join(known)}")
+    targets = values.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear":
+        values = {**values, "target_modules": targets.split(",")}
+    config = LoraConfig(**values)
+    if nf4:
+        from minigpt.deeper.quantization import quantize_model
+        quantize_model(model)
+    # a bad seed is TrainConfig's to refuse
+    torch.manual_seed(seed if isinstance(seed, int) else 0)
+    apply_lora(model, config).adapters.base_model = name
+
 # %% ../../nbs/engine/runs.ipynb #finetune-files
 def finetune_files(model: str,  # folder or name of what is tuned
                    *, data: Sequence[str] = (),  # sources of conversations
@@ -104,6 +128,8 @@ def finetune_files(model: str,  # folder or name of what is tuned
                    add_chat_tokens: bool = False,  # where there are none
                    epochs: float | None = None,    # 3; for pairs 1
                    beta: float = 0.1,              # see `dpo`
+                   lora: dict | None = None,  # of LoraConfig: train an adapter
+                   nf4: bool = False,         # over weights in 4 bits
                    settings: dict | None = None,   # fields of TrainConfig
                    out: Path, resume: bool = False, progress: bool = True):
     """Fine-tune on conversations, or on preferences (DPO).
@@ -114,12 +140,22 @@ def finetune_files(model: str,  # folder or name of what is tuned
     if bool(data) == bool(pairs):
         raise ValueError("give either --data (conversations) or --pairs "
                          "(preferences)")
+    if nf4 and not lora:
+        raise ValueError("--nf4 keeps frozen weights in 4 bits: give an "
+                         "adapter to train, too, such as --lora r=8")
+    if lora and add_chat_tokens:
+        raise ValueError("--add-chat-tokens changes the model itself, which "
+                         "an adapter can't hold: fine-tune once without "
+                         "--lora, and give that model an adapter")
     from minigpt import finetuning
     from minigpt.engine.hub import load_pair
     finetuning.check_out(out, resume)
     gpt, tokenizer = load_pair(model)
     if add_chat_tokens:
         gpt, tokenizer = finetuning.add_chat_tokens(gpt, tokenizer)
+    if lora:
+        settings = {"lr": 5e-4 if pairs else 2e-3, **(settings or {})}
+        _with_adapter(gpt, model, lora, nf4, settings.get("seed", 0))
     shared = {"held": held, "config": settings, "out": out,
               "resume": resume, "progress": progress}
     if pairs:
@@ -137,7 +173,8 @@ def say_end(result  # of train, finetune or dpo
     """Say what came of a run, and where its model is; the exit code: 0, or
     if it was stopped that of the signal (130 for Ctrl-C), as shells count."""
     print(result if getattr(result, "after", None) else repr(result))
-    model = result.folder / "model"
+    adapter = hasattr(result.model, "adapters")
+    model = result.folder / ("adapter" if adapter else "model")
     if not result.stopped:
         print(f"saved in {model}")
         return 0
