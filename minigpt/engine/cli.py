@@ -154,7 +154,6 @@ def _ui(
 
     \b
     Examples:
-      minigpt ui
       minigpt ui --docs notes --adapter my-adapter
       minigpt ui --host 0.0.0.0 --no-uploads --no-browser
     """
@@ -183,7 +182,6 @@ def _serve(
 
     \b
     Examples:
-      minigpt serve
       minigpt serve --model my-model --adapter my-adapter --port 9000
       MINIGPT_API_KEY=... minigpt serve --host 0.0.0.0 --no-ui
       curl http://127.0.0.1:8000/v1/models
@@ -263,8 +261,9 @@ def _generate(
         early_stopping=files.EARLY[early_stopping],
         diversity_penalty=diversity_penalty)
     gpt, tokenizer = load_pair(model, device=device)
-    options = files.with_texts(options, tokenizer, ban=ban, begin=begin, stop=stop,
-                               ignore_end=ignore_end, pattern=pattern)
+    options = files.with_texts(options, tokenizer, ban=ban, begin=begin,
+                               ignore_end=ignore_end, pattern=pattern,
+                               stop=stop)
     rows = files.generate_rows(
         gpt, tokenizer, texts, options, chat=chat, int8=int8, beams=beams,
         num_return=num_return, batch_size=batch_size, draft=draft,
