@@ -110,11 +110,11 @@ def pairs():
     ]
 
 
-@pytest.mark.parametrize("case", range(len(pairs())))
-def test_processor_equals_transformers(case, ledger):
+def equal_processors(pair, ledger) -> None:
+    """pair() makes ours and theirs anew: theirs keep what they saw first."""
     worst = 0.0
     for seed, (V, scale) in enumerate([(12, 1), (300, 2), (5000, 3)]):
-        ours, theirs = pairs()[case]  # theirs keep what they saw first
+        ours, theirs = pair()
         torch.manual_seed(seed)
         logits = torch.randn(6, V) * scale
         ids = torch.randint(0, min(V, 9), (6, 24))  # few ids, so that sequences come again
@@ -126,6 +126,11 @@ def test_processor_equals_transformers(case, ledger):
         worst = max(worst, float((got[kept] - want[kept]).abs().max()) if kept.any() else 0.0)
     ledger(f"processor {type(ours).__name__}: logits", worst, peer="transformers", bound=1e-5)
     assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("case", range(len(pairs())))
+def test_processor_equals_transformers(case, ledger):
+    equal_processors(lambda: pairs()[case], ledger)
 
 
 def test_order_equals_transformers_chain(hf, model, prompts):

@@ -1,7 +1,7 @@
 """The processors beside the everyday ones: against transformers, by hand, and in the loop."""
 import pytest
 import torch
-from test_generation import tiny
+from test_generation import equal_processors, tiny
 
 from minigpt.engine.logits_processors import (BannedTokens, BannedWords, ForcedTokens, FrequencyPenalty, LogitBias, MinLength,
                                               NoRepeatNGram, PresencePenalty, Typical)
@@ -29,20 +29,7 @@ def pairs():
 
 @pytest.mark.parametrize("case", range(len(pairs())))
 def test_processor_equals_transformers(case, ledger):
-    worst = 0.0
-    for seed, (V, scale) in enumerate([(12, 1), (300, 2), (5000, 3)]):
-        ours, theirs = pairs()[case]  # theirs keep what they saw first
-        torch.manual_seed(seed)
-        logits = torch.randn(6, V) * scale
-        ids = torch.randint(0, min(V, 9), (6, 24))  # few ids, so that sequences come again
-        before = logits.clone()
-        got, want = ours(ids.tolist(), logits, 6), theirs(ids, logits.clone())
-        assert torch.equal(logits, before), "the argument was changed"
-        assert torch.equal(got == -INF, want == -INF)
-        kept = want > -INF
-        worst = max(worst, float((got[kept] - want[kept]).abs().max()) if kept.any() else 0.0)
-    ledger(f"processor {type(ours).__name__}: logits", worst, peer="transformers", bound=1e-5)
-    assert worst <= 1e-5
+    equal_processors(lambda: pairs()[case], ledger)
 
 
 def test_forced_tokens_equal_transformers():
