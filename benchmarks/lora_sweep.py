@@ -2,7 +2,7 @@
 
   python benchmarks/lora_sweep.py [--steps 60] [--seeds 0 1] [--dtype bf16]
 
-The data, the loop and both losses are the lesson's own: the cells of nbs/08_lora.ipynb are run as they stand. `pirate` is
+The data, the loop and both losses are the lesson's own: the cells of nbs/09_lora.ipynb are run as they stand. `pirate` is
 the loss on held-out answers, `text` that on stories (1.68 before any training), each after the last step; `curve` has the
 held-out loss on the way. The adapters' lora_alpha is twice their rank. Two runs of double length say whether `--steps` was enough.
 """
@@ -27,7 +27,7 @@ RATES = [("LoRA", ALL, 8, 1e-4), ("LoRA", ALL, 8, 5e-4), ("LoRA", ALL, 8, 5e-3)]
 
 def lesson() -> dict:
     """What the cells of the lesson define."""
-    cells = json.loads((Path(__file__).parent.parent / "nbs" / "08_lora.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((Path(__file__).parent.parent / "nbs" / "09_lora.ipynb").read_text(encoding="utf-8"))["cells"]
     space: dict = {}
     exec("import torch\nfrom torch import nn", space)
     for name in CELLS:

@@ -1,4 +1,4 @@
-"""Chapter 07: masks and packing against one conversation at a time, DPO against trl, the end token, exact resume, bad input.
+"""Chapter 08: masks and packing against one conversation at a time, DPO against trl, the end token, exact resume, bad input.
 Values are computed another way than in the chapter."""
 import json
 import math

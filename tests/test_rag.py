@@ -567,7 +567,7 @@ def test_every_question_has_its_section():
     assert len(asked) >= 60 and len({q["question"] for q in QUESTIONS}) == len(QUESTIONS)
     assert [q for q in asked if (f"{q['notebook']}.ipynb", q["heading"]) not in known] == []
     assert {q["notebook"] for q in asked} >= {"00_bpe", "01_data", "02_attention", "03_gpt2", "04_training",
-                                              "05_generation", "06_evaluation", "09_rag", "10_chat"}
+                                              "05_generation", "06_evaluation", "10_rag", "11_chat"}
 
 
 def test_the_course_is_found_and_the_rest_is_not(the_course, ledger):

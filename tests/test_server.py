@@ -792,7 +792,7 @@ def test_an_adapter_is_merged_and_gives_its_name(small, tmp_path):
 @pytest.mark.parametrize("number, empty, check, solution", exercises("11"), ids=lambda value: value[:5])
 def test_exercises(number, empty, check, solution, capsys, pair):
     """The empty cell is said to be unsolved, the folded solution to be correct."""
-    lines = (Path(__file__).parent.parent / "nbs" / "11_server.ipynb").read_text(encoding="utf-8")
+    lines = (Path(__file__).parent.parent / "nbs" / "13_server.ipynb").read_text(encoding="utf-8")
     cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(lines)["cells"]}
     space = vars(minigpt.server) | {"lengths": [1], "model": pair[0], "tokenizer": pair[1]}
     for name in ("in-turn", "static", "continuous"):

@@ -67,7 +67,7 @@ def idf_weights(df: np.ndarray, N: int, kind: str) -> np.ndarray:
 
 # %% ../../nbs/deeper/retrieval.ipynb #fast-bm25
 class FastBM25:
-    """The BM25 of lesson 09 as arrays, which may be mapped from a disk.
+    """The BM25 of lesson 10 as arrays, which may be mapped from a disk.
 
     numbers: term -> its number j, whose documents are
     doc[start[j]:start[j + 1]] (rising), with their `weight`; N: documents.
