@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from tqdm import tqdm
 
+from ..deeper.fast_decoding import Decoder
 from ..generation import generate
 
 # %% ../../nbs/engine/replies.ipynb #fit
@@ -71,7 +72,8 @@ def reply_all(model: nn.Module,          # a GPT2, or one with a `decoder`
     order = sorted((i for i, ids in enumerate(prompts) if ids is not None),
                    key=lambda i: len(prompts[i]))
     found = [Reply("", [], "length") for _ in prompts]
-    decoder = model.decoder() if hasattr(model, "decoder") else None
+    decoder = (model.decoder() if hasattr(model, "decoder")
+               else Decoder(model))
     bar = tqdm(total=len(order), disable=not progress, desc="answers")
     for at in range(0, len(order), batch_size):
         batch = order[at:at + batch_size]
