@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from exercise_cells import exercises, said
-from minigpt.engine.chat_format import (
+from minigpt.chat_format import (
     CHAT_TEMPLATE, ChatRenderer, MaskView, Rendered, RowEncoder, check_messages)
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.engine.tokenizer import Tokenizer

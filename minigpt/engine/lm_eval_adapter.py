@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .baselines import open_model
-from .chat_format import ChatRenderer
+from ..chat_format import ChatRenderer
 from .choices import EVAL
 from .devices import pick_device
 from .scoring import score_ids, score_rows
