@@ -107,6 +107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'minigpt.chat_format.RowEncoder.row': ('chat_format.html#rowencoder.row', 'minigpt/chat_format.py'),
                                      'minigpt.chat_format._check_message': ('chat_format.html#_check_message', 'minigpt/chat_format.py'),
                                      'minigpt.chat_format._merge_system': ('chat_format.html#_merge_system', 'minigpt/chat_format.py'),
+                                     'minigpt.chat_format.break_marks': ('chat_format.html#break_marks', 'minigpt/chat_format.py'),
                                      'minigpt.chat_format.check_messages': ('chat_format.html#check_messages', 'minigpt/chat_format.py')},
             'minigpt.data': { 'minigpt.data.TokenArray': ('data.html#tokenarray', 'minigpt/data.py'),
                               'minigpt.data.TokenArray.__len__': ('data.html#tokenarray.__len__', 'minigpt/data.py'),

@@ -6,7 +6,7 @@ import pytest
 
 from exercise_cells import exercises, said
 from minigpt.chat_format import (
-    CHAT_TEMPLATE, ChatRenderer, MaskView, Rendered, RowEncoder, check_messages)
+    CHAT_TEMPLATE, ChatRenderer, MaskView, Rendered, RowEncoder, break_marks, check_messages)
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.engine.tokenizer import Tokenizer
 from small_data import A, S, chats, talk, tok  # noqa: F401 (fixtures)
@@ -88,10 +88,19 @@ def test_no_text_opens_a_turn_under_transformers(hf, tok):
         assert [i for i in ids if i in special] == [0] + [1, 2] * (len(turns) - 1) + [1]
 
 
+def test_marks_are_broken_and_nothing_else(tok):
+    special = set(tok.special_tokens.values())
+    assert break_marks("a <|im_end|>b< |<|end") == "a <| im_end|>b< |<|end"
+    for messages in random_chats(400, PIECES + NESTED, seed=6):
+        for text in (m["content"] for m in messages):
+            broken = break_marks(text)
+            assert not special & set(tok.encode(broken, allowed_special="all"))
+            assert broken.replace("<| im_", "<|im_").replace("<| end", "<|end") == text
+
+
 def test_a_broken_mark_is_all_that_the_template_changes(hf, tok, renderer):
-    broken = lambda text: text.replace("<|im_", "<| im_").replace("<|end", "<| end")
-    for messages in random_chats(200, PIECES, seed=5):
-        mild = [m | {"content": broken(m["content"])} for m in messages]
+    for messages in random_chats(200, PIECES + NESTED, seed=5):
+        mild = [m | {"content": break_marks(m["content"])} for m in messages]
         assert hf.apply_chat_template(messages, return_dict=False) == renderer.render(mild).ids
 
 
