@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minigpt.engine.tokenizer import Tokenizer  # noqa: E402
-from minigpt.engine.chat_format import ChatRenderer  # noqa: E402
+from minigpt.chat_format import ChatRenderer  # noqa: E402
 from minigpt.engine.dataset_readers import load_chats  # noqa: E402
 from minigpt.finetuning import finetune  # noqa: E402
 from minigpt.gpt2 import GPT2  # noqa: E402

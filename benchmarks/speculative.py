@@ -60,7 +60,7 @@ def main():
     if c.project() is None:
         return
     from minigpt.engine.tokenizer import Tokenizer
-    from minigpt.engine.chat_format import ChatRenderer
+    from minigpt.chat_format import ChatRenderer
     from minigpt.engine.dataset_readers import load_chats, load_text
     from minigpt.deeper.fast_decoding import Decoder
     from minigpt.deeper.speculative import ModelDraft, NGramDraft, speculate

@@ -13,7 +13,7 @@ import importlib
 
 __version__ = "0.1.0"
 _HOMES = {
-    "BPETokenizer": "bpe", "ChatRenderer": "engine.chat_format",
+    "BPETokenizer": "bpe", "ChatRenderer": "chat_format",
     "TokenFile": "deeper.packing", "load_chats": "engine.dataset_readers",
     "load_text": "engine.dataset_readers", "GPT2": "gpt2",
     "GPT2Config": "gpt2", "TrainConfig": "engine.train_config",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .bpe import BPETokenizer
 from .engine.adapters import adapted
-from .engine.chat_format import ChatRenderer, check_messages
+from .chat_format import ChatRenderer, check_messages
 from .engine.files import decode_text, parse_json, write_text
 from .engine.hub import load_pair
 from .engine.streaming import TextStream, stream_text

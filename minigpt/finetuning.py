@@ -29,7 +29,7 @@ from .attention import causal_mask
 from .bpe import BPETokenizer
 from .data import SEPARATOR, TokenArray, Windows, shuffled_numbers
 from .engine.batches import Phase
-from .engine.chat_format import (
+from .chat_format import (
     CHAT_TOKENS, ChatRenderer, RowEncoder, check_messages)
 from .engine.dataset_readers import (
     DATA, as_chat, load_chats, read_rows)

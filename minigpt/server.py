@@ -51,7 +51,7 @@ from .attention import set_attn_implementation
 from .bpe import BPETokenizer
 from .engine.adapters import adapted
 from .engine.cache import KVCache
-from .engine.chat_format import CHAT_TOKENS, ChatRenderer
+from .chat_format import CHAT_TOKENS, ChatRenderer
 from .engine.hub import load_pair
 from .engine.kernels import for_inference, shallow_copy
 from .engine.logits_processors import (FrequencyPenalty,

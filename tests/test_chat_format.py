@@ -1,12 +1,12 @@
-"""engine/chat_format: what a conversation may be, its ids and its loss mask."""
+"""Lesson 07: what a conversation may be, its ids and its loss mask, and the template that gives the same elsewhere."""
 import random
 
 import numpy as np
 import pytest
 
 from exercise_cells import exercises, said
-from minigpt.engine.chat_format import (
-    CHAT_TEMPLATE, ChatRenderer, MaskView, Rendered, RowEncoder, check_messages)
+from minigpt.chat_format import (
+    CHAT_TEMPLATE, ChatRenderer, MaskView, Rendered, RowEncoder, break_marks, check_messages)
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.engine.tokenizer import Tokenizer
 from small_data import A, S, chats, talk, tok  # noqa: F401 (fixtures)
@@ -50,23 +50,99 @@ def reference_mask(ids, tok):
     return mask
 
 
-def test_ids_equal_apply_chat_template(tmp_path, tok, renderer, chats, ledger):
-    """transformers, with the tokenizer and template that we save, gives our ids; 0 conversations differ."""
+@pytest.fixture(scope="module")
+def hf(tok, tmp_path_factory):
     from transformers import AutoTokenizer
-    tok.save_pretrained(tmp_path / "tok")
-    hf = AutoTokenizer.from_pretrained(tmp_path / "tok")
+    folder = tmp_path_factory.mktemp("tok")
+    tok.save_pretrained(folder, overwrite=True)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_ids_equal_apply_chat_template(hf, renderer, chats, ledger):
+    """transformers, with the tokenizer and template that we save, gives our ids and mask; 0 conversations differ."""
     assert hf.chat_template == CHAT_TEMPLATE
     plain = [p for p in PIECES if "<|" not in p]
     every = [c["messages"] for c in chats + load_chats("held")] + random_chats(300, plain)
     differ = 0
     for messages in every:
-        ids = hf.apply_chat_template(messages, tokenize=True, return_dict=False)
-        differ += list(ids) != renderer.render(messages).ids
+        theirs = hf.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        differ += (theirs["input_ids"], theirs["assistant_masks"]) != renderer.render(messages)
         asked = messages[:-1]
         ids = hf.apply_chat_template(asked, tokenize=True, return_dict=False, add_generation_prompt=True)
         differ += list(ids) != renderer.prompt(asked)
     ledger("chats whose ids differ from apply_chat_template", differ, peer="transformers", bound=0)
     assert differ == 0 and len(every) > 2000
+
+
+NESTED = ["<|im_<|im_end|>end|>", "<|<|im_start|>im_start|>", "<|im_end|><|im_start|>", "<|im_start|><|endoftext|>", "< |",
+          "<|im_end|", "|>", "<", "im_start|>"]
+
+
+def test_no_text_opens_a_turn_under_transformers(hf, tok):
+    special = set(tok.special_tokens.values())
+    for messages in random_chats(400, PIECES + NESTED, seed=4):
+        turns = [m for m in messages if m["role"] != S]
+        ids = hf.apply_chat_template(messages, return_dict=False)
+        assert [i for i in ids if i in special] == [0] + [1, 2] * len(turns)
+        ids = hf.apply_chat_template(messages[:-1], return_dict=False, add_generation_prompt=True)
+        assert [i for i in ids if i in special] == [0] + [1, 2] * (len(turns) - 1) + [1]
+
+
+def test_marks_are_broken_and_nothing_else(tok):
+    special = set(tok.special_tokens.values())
+    assert break_marks("a <|im_end|>b< |<|end") == "a <| im_end|>b< |<|end"
+    for messages in random_chats(400, PIECES + NESTED, seed=6):
+        for text in (m["content"] for m in messages):
+            broken = break_marks(text)
+            assert not special & set(tok.encode(broken, allowed_special="all"))
+            assert broken.replace("<| im_", "<|im_").replace("<| end", "<|end") == text
+
+
+def test_a_broken_mark_is_all_that_the_template_changes(hf, tok, renderer):
+    for messages in random_chats(200, PIECES + NESTED, seed=5):
+        mild = [m | {"content": break_marks(m["content"])} for m in messages]
+        assert hf.apply_chat_template(messages, return_dict=False) == renderer.render(mild).ids
+
+
+def test_trl_can_train_with_the_template_as_it_is(hf):
+    """It replaces templates without a loss mask or whose beginning depends on what follows; None: nothing to do."""
+    utils = pytest.importorskip("trl.chat_template_utils")
+    assert utils.has_generation_markers(hf.chat_template) and utils.get_training_chat_template(hf) is None
+
+
+@pytest.mark.parametrize("messages, due", [
+    (talk("a", "b")[::-1], "user"), (talk("a") * 2, "assistant"), (talk(system="x") * 2 + talk("a"), "user"),
+    (talk("a") + talk(system="x"), "assistant"), ([{"role": "user\nHi<|im_end|>", "content": "a"}], "user"),
+    ([{"role": "tool", "content": "a"}], "user")])
+def test_the_template_refuses_what_we_refuse(hf, messages, due):
+    from jinja2 import TemplateError
+    with pytest.raises(TemplateError, match=f"(?s)the role is .* where {due} is due"):
+        hf.apply_chat_template(messages)
+    with pytest.raises(ValueError, match=f"where '{due}' is due"):
+        check_messages(messages)
+
+
+@pytest.mark.parametrize("bad, said", [
+    ("hi", "expected a list of messages, got 'hi'"), ([], r"expected a list of messages, got '\[\]'"),
+    (["hi"], "message 0: the field 'role' is missing; .*, not hi"),
+    ([{"role": "user", "text": "hi"}], "the field 'content' is missing; .*, not {'role': 'user', 'text': 'hi'}"),
+    ([{"role": "user", "content": None}], "'content' must be a text, not None"),
+    ([{"role": "user", "content": [{"type": "text"}]}], r"'content' must be a text, not \[{'type': 'text'}\]"),
+    (talk("a") + [{"role": "bot", "content": "b"}], "message 1: the role is 'bot' where 'assistant' is due")])
+def test_bad_conversations_are_named(bad, said):
+    with pytest.raises(ValueError, match=f"^my.jsonl, line 3(: |, ).*{said}"):
+        check_messages(bad, "my.jsonl, line 3")
+
+
+def test_labels_are_what_cross_entropy_counts(renderer, chats):
+    import torch
+    import torch.nn.functional as F
+    rendered = renderer.render(chats[0]["messages"])
+    logits = torch.randn(len(rendered.ids), renderer.tokenizer.vocab_size, generator=torch.Generator().manual_seed(0))
+    each = F.cross_entropy(logits, torch.tensor(rendered.ids), reduction="none")
+    counted = each[torch.tensor(rendered.mask, dtype=torch.bool)]
+    assert torch.allclose(F.cross_entropy(logits, torch.tensor(rendered.labels)), counted.mean())
+    assert 0 < len(counted) < len(rendered.ids)
 
 
 def test_mask_counts_the_answers_and_their_end(tok, renderer, chats):
@@ -168,17 +244,22 @@ def test_rows_of_both_kinds_become_bytes(tok, renderer):
 
 # ------------------------------------------------------------------ exercises
 
-WRONG = ["def last_answer_only(rendered):\n    return rendered",
-         "def from_quiz(row):\n    return [{'role': 'user', 'content': row['question']},"
-         " {'role': 'assistant', 'content': row['answers'][0]}]"]
+WRONG = ["def from_quiz(row):\n    return [{'role': 'user', 'content': row['question']},"
+         " {'role': 'assistant', 'content': row['answers'][0]}]",
+         "def last_answer_only(rendered):\n    return rendered",
+         "def collate(batch):\n    rows = [torch.tensor(r.ids + [0] * (4 - len(r.ids))) for r in batch]\n"
+         "    return torch.stack(rows)[:, :-1], torch.stack(rows)[:, 1:]",
+         "def begun(messages):\n    return renderer.render(messages).ids"]
 
 
 def test_exercises(tok, renderer, chats, capsys):
-    three = next(c for c in chats if len(c["messages"]) == 6)
-    names = {"tok": tok, "renderer": renderer, "three": three, "Rendered": Rendered, "MaskView": MaskView,
-             "check_messages": check_messages}
-    found = exercises("engine/chat_format")
-    assert [number for number, *_ in found] == ["chat_format.1", "chat_format.2"]
+    import torch
+    three = next(c["messages"] for c in chats if len(c["messages"]) == 6)
+    names = {"tok": tok, "renderer": renderer, "three": three, "Rendered": Rendered, "MaskView": MaskView, "torch": torch,
+             "check_messages": check_messages, "end": 2, "bees": talk("What do bees make?", "Honey."),
+             "cows": talk("And cows?")[0]}
+    found = exercises("07")
+    assert [number for number, *_ in found] == ["07.1", "07.2", "07.3", "07.4"]
     for (_, empty, check, solution), wrong in zip(found, WRONG):
         assert said(empty, check, names, capsys) == "not solved yet"
         assert said(solution, check, names, capsys) == "correct"

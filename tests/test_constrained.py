@@ -15,7 +15,7 @@ from minigpt.deeper.constrained import (NOTHING, RegexConstraint, choice, choice
                                         may_end, one_of, repeat, sequence)
 from minigpt.deeper.speculative import NGramDraft, speculate
 from minigpt.engine.automaton import Automaton, trie_of
-from minigpt.engine.chat_format import ChatRenderer
+from minigpt.chat_format import ChatRenderer
 from minigpt.engine.console import error_of
 from minigpt.engine.dataset_readers import load_chats, load_text
 from minigpt.engine.json_schema import json_schema_pattern

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from minigpt.data import text_of
-from minigpt.engine.chat_format import check_messages
+from minigpt.chat_format import check_messages
 from minigpt.engine.dataset_readers import DATA, load_chats, load_text, oasst_threads
 from minigpt.engine.files import ASSETS
 from minigpt.engine.tokenizer import Tokenizer

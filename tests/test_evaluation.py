@@ -8,7 +8,7 @@ import torch
 from scipy.stats import binomtest, ttest_rel
 
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.engine.chat_format import ChatRenderer
+from minigpt.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.deeper.calibration import calibration, calibration_error
 from minigpt.engine.choices import (

@@ -17,7 +17,7 @@ from command_line import minigpt, one_line
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine import evaluate
 from minigpt.engine.evaluate import _free_folder as free_folder
-from minigpt.engine.chat_format import ChatRenderer
+from minigpt.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.deeper.calibration import calibration
 from minigpt.deeper.text_metrics import bleu, chrf, distinct, exact_match, rouge, token_f1

@@ -16,7 +16,7 @@ import torch
 from minigpt import finetuning as ft
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.deeper.packing import TokenFile, pack
-from minigpt.engine.chat_format import ChatRenderer
+from minigpt.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats, load_text
 from minigpt.finetuning import (PackedRows, PairRows, PairStepper, best_fit, documents_apart, dpo, dpo_loss, encode_chats,
                                 finetune, load_pairs, measure)

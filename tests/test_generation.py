@@ -9,7 +9,7 @@ from minigpt.deeper.beam_search import beam_search
 from minigpt.deeper.fast_decoding import Decoder
 from minigpt.engine.logits_processors import BannedTokens, BannedWords, ForcedTokens, FrequencyPenalty, NoRepeatNGram, PresencePenalty, Typical
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.engine.chat_format import ChatRenderer
+from minigpt.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.gpt2 import GPT2, GPT2Config
 

@@ -168,7 +168,7 @@ def test_int8_rows_are_within_half_a_step():
 
 def test_int8_loses_at_most_half_a_percent(shipped, ledger):
     """The loss of the shipped weights on the bundled held-out rows against the bf16 weights' (eval.json)."""
-    from minigpt.engine.chat_format import ChatRenderer
+    from minigpt.chat_format import ChatRenderer
     from minigpt.engine.dataset_readers import load_chats
     report = json.loads((CHAT / "eval.json").read_text(encoding="utf-8"))
     renderer, total, counted = ChatRenderer(Tokenizer.from_pretrained()), 0.0, 0

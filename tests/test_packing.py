@@ -14,7 +14,7 @@ from exercise_cells import exercises, said
 from minigpt.data import TokenArray, WindowSampler, token_stream
 from minigpt.deeper import packing
 from minigpt.deeper.packing import TokenFile, pack, tokenizer_hash
-from minigpt.engine.chat_format import ChatRenderer, Rendered
+from minigpt.chat_format import ChatRenderer, Rendered
 from minigpt.engine.tokenizer import Tokenizer
 from small_data import chats, stories, tok  # noqa: F401 (fixtures)
 

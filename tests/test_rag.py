@@ -22,7 +22,7 @@ from minigpt.engine.answers import ModelReader, cite
 from minigpt.engine.docstore import Index
 from minigpt.engine.embedders import ModelEmbedder, made_up_questions
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.engine.chat_format import ChatRenderer
+from minigpt.chat_format import ChatRenderer
 from minigpt.engine.documents import load_document
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.rag import BM25, RAG, Hit, Passage, Retriever, fuse, search_text

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import minigpt.server
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.engine.chat_format import ChatRenderer
+from minigpt.chat_format import ChatRenderer
 from minigpt.engine.hub import load_pair
 from minigpt.engine.kernels import for_inference
 from minigpt.deeper.fast_decoding import Decoder

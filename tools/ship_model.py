@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.engine.chat_format import ChatRenderer
+from minigpt.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats
 from minigpt.engine.hub import save_int8
 from minigpt.gpt2 import GPT2

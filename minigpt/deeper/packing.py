@@ -130,7 +130,7 @@ def _mapped(path: Path, dtype: type, offset: int, n: int) -> np.ndarray:
     return np.memmap(path, dtype, "r", offset, n)
 
 # %% ../../nbs/deeper/packing.ipynb #encode
-from minigpt.engine.chat_format import RowEncoder
+from minigpt.chat_format import RowEncoder
 
 
 def _encode_chunk(encoder: RowEncoder, rows: list

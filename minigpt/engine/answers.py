@@ -27,7 +27,7 @@ class ModelReader:
         self.max_new_tokens = max_new_tokens
 
     def __call__(self, prompt: str) -> str | None:
-        from minigpt.engine.chat_format import ChatRenderer
+        from minigpt.chat_format import ChatRenderer
         from minigpt.engine.hub import load_pair
         from minigpt.generation import generate
         if self.renderer is None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..bpe import BPETokenizer
-from .chat_format import (
+from ..chat_format import (
     CHAT_TOKENS, ChatRenderer, Rendered)
 from .dataset_readers import load_chats
 from .hub import load_pair

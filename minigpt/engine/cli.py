@@ -284,7 +284,7 @@ def _tokenizer_train(
     refuse_existing(folder / "tokenizer.json", overwrite)
     refuse_unwritable(folder)
     from minigpt.data import text_of
-    from minigpt.engine.chat_format import CHAT_TOKENS
+    from minigpt.chat_format import CHAT_TOKENS
     from minigpt.engine.tokenizer import Tokenizer
     from minigpt.engine.runs import open_rows
     tokenizer = Tokenizer.train(map(text_of, open_rows(source, chats)),

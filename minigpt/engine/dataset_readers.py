@@ -13,7 +13,6 @@ from itertools import chain, islice
 from pathlib import Path
 
 from ..data import split_documents
-from .chat_format import check_messages
 from .files import (
     ASSETS, OPENERS, open_text, own_first, parse_json)
 
@@ -298,6 +297,8 @@ def as_chat(row, where: str = "row") -> dict:
       source.
     Raises ValueError that names `where` and what is wrong.
     """
+    from minigpt.chat_format import check_messages
+
     if isinstance(row, list) and len(row) == 2 and isinstance(row[1], list):
         row = {"messages": _from_pairs(row), "kind": row[0]}
     if not isinstance(row, dict):

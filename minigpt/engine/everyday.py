@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from .chat_format import ChatRenderer
+from ..chat_format import ChatRenderer
 from .choices import EVAL
 from .replies import reply_all
 from ..evaluation import wilson

@@ -172,7 +172,7 @@ def _make_draft(name: str | None, options, tokenizer, device="cpu"):
     """
     if name is None:
         return None
-    from minigpt.engine.chat_format import ChatRenderer
+    from minigpt.chat_format import ChatRenderer
     from minigpt.engine.dataset_readers import load_chats, load_text
     from minigpt.deeper.speculative import ModelDraft, NGramDraft
     from minigpt.gpt2 import GPT2
@@ -196,7 +196,7 @@ def _encode_prompts(texts: Sequence[str], tokenizer, chat: bool
     """Prompts as ids; with `chat` as messages that wait for an answer."""
     if not chat:
         return [tokenizer.encode_ordinary(text) for text in texts]
-    from minigpt.engine.chat_format import ChatRenderer
+    from minigpt.chat_format import ChatRenderer
     renderer = ChatRenderer(tokenizer)
     return [renderer.prompt([{"role": "user", "content": text}])
             for text in texts]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .baselines import open_model
-from .chat_format import ChatRenderer
+from ..chat_format import (
+    ChatRenderer, break_marks, check_messages)
 from .choices import EVAL
 from .devices import pick_device
 from .scoring import score_ids, score_rows
@@ -171,9 +172,11 @@ class MiniGPTLM(LM):
           has put the beginning of the answer there.
         """
         renderer = ChatRenderer(self.tokenizer)
+        chat = [message | {"content": break_marks(message["content"])}
+                for message in check_messages(chat_history)]
         if add_generation_prompt:
-            return self.tokenizer.decode(renderer.prompt(chat_history))
-        text = self.tokenizer.decode(renderer.render(chat_history).ids)
+            return self.tokenizer.decode(renderer.prompt(chat))
+        text = self.tokenizer.decode(renderer.render(chat).ids)
         return text[:text.rindex("<|im_end|>")]
 
 # %% ../../nbs/engine/lm_eval_adapter.ipynb #signin

@@ -20,7 +20,7 @@ import torch
 from ..bpe import BPETokenizer
 from ..data import split_held, text_of
 from ..deeper.packing import TokenFile, pack, tokenizer_hash
-from .chat_format import CHAT_TOKENS
+from ..chat_format import CHAT_TOKENS
 from .dataset_readers import (
     ROW_FILES, TEXT_FILES, find_files, load_chats, load_hub, load_text)
 from ..deeper.distributed import whole_model

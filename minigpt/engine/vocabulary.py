@@ -198,7 +198,7 @@ def tokenizer_json(vocabulary: BPETokenizer  # what is written
 def tokenizer_config(vocabulary: BPETokenizer  # what is written
                      ) -> dict:
     """What transformers' tokenizer_config.json holds for a vocabulary."""
-    from minigpt.engine.chat_format import CHAT_TEMPLATE, CHAT_TOKENS
+    from minigpt.chat_format import CHAT_TEMPLATE, CHAT_TOKENS
 
     names = set(vocabulary.special_tokens)
     config = {"tokenizer_class": "PreTrainedTokenizerFast",
