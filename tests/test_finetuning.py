@@ -19,8 +19,9 @@ from minigpt.deeper.packing import TokenFile, pack
 from minigpt.engine.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats, load_text
 from minigpt.deeper.dpo import answer_logprobs, dpo_loss, encode_pair, measure_pairs, pair_logprobs
-from minigpt.deeper.sft_packing import PackedRows, best_fit, documents_apart
-from minigpt.engine.finetune import add_chat_tokens, encode_chats, finetune, held_rows, tuning_config
+from minigpt.deeper.sft_packing import best_fit, documents_apart
+from minigpt.engine.finetune import add_chat_tokens, finetune, tuning_config
+from minigpt.engine.packed_rows import PackedRows, encode_chats, held_rows
 from minigpt.engine.preferences import PairRows, PairStepper, as_pair, check_dpo, dpo, load_pairs
 from minigpt.engine.trainer import train
 from minigpt.training import summed_loss
@@ -267,7 +268,7 @@ def test_a_loss_that_is_no_number_ends_the_run(chats, tokenizer, renderer):
 
 def test_the_end_is_learned_where_it_counts_and_only_there(chats, tokenizer, renderer, ledger):
     some, held = short(chats, renderer)[:300], short(load_chats("held"), renderer, 64)[:60]
-    settings = {"max_steps": 60, "lr": 1e-2, "batch_size": 4}
+    settings = {"max_steps": 60, "lr": 1e-2, "batch_size": 4, "block_size": 128}
     result = finetune(tiny(n_embd=48), some, tokenizer=tokenizer, held=held, config=settings, **QUIET)
     assert result.before["stops"] < 0.05
     assert result.after["stops"] >= 0.95

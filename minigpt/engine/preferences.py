@@ -21,7 +21,6 @@ from minigpt.data import Windows
 from minigpt.deeper.dpo import (
     Pair, answer_logprobs, dpo_loss, encode_pair, measure_pairs,
     pair_logprobs)
-from minigpt.deeper.sft_packing import RowSampler
 from minigpt.engine.batches import Phase
 from minigpt.engine.chat_format import ChatRenderer, check_messages
 from minigpt.engine.dataset_readers import DATA, read_rows
@@ -29,6 +28,7 @@ from minigpt.engine.devices import pick_dtype
 from minigpt.engine.finetune import (
     FinetuneResult, check_out, check_pair, given_length, measure_whole,
     save_tuned, tuning_config)
+from minigpt.engine.packed_rows import RowSampler
 from minigpt.engine.ranks import Ranks, join_ranks
 from minigpt.engine.stepper import Stepper
 from minigpt.engine.train_config import TrainConfig
