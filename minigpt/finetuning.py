@@ -9,7 +9,7 @@ __all__ = ['pad_chats', 'train_chats', 'measure', 'usual_rate']
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 
@@ -103,9 +103,6 @@ def _stops(model: nn.Module, renderer: Any, chats: Sequence[dict],
     return sum(ended) / max(1, len(ended))
 
 # %% ../nbs/08_finetuning.ipynb #rate
-from torch import nn
-
-
 def usual_rate(model: nn.Module,
                ) -> float: # a learning rate to begin with
     """0.6 / sqrt(weights): 5e-5 for GPT-2's 124 M, 1e-4 for 36 M."""
