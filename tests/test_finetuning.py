@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exercise_cells import exercises, said
 
 from minigpt import finetuning
 from minigpt.engine.tokenizer import Tokenizer
@@ -701,3 +702,13 @@ def test_ties_are_half_a_preference(renderer):
     model, pairs = tiny(), [encode_pair(p, renderer) for p in some_pairs(3)]
     found = measure_pairs(model, pairs, pair_logprobs(model, pairs))
     assert (found["prefers"], found["chosen"], found["rejected"]) == (0.5, 0, 0)
+
+
+@pytest.mark.parametrize("name, number", [("deeper/sft_packing", 0), ("deeper/sft_packing", 1), ("deeper/dpo", 0), ("deeper/dpo", 2)])
+def test_exercises(name, number, capsys):
+    """Those that need no trained model."""
+    _, empty, check, solution = exercises(name)[number]
+    space = {"torch": torch, "F": torch.nn.functional, "dpo_loss": dpo_loss, "policy": torch.tensor([[-10.0, -21.0], [-5.0, -5.0]]),
+             "frozen": torch.tensor([[-12.0, -20.0], [-5.0, -5.0]])}
+    assert said(empty, check, space, capsys) == "not solved yet"
+    assert said(solution, check, space, capsys) == "correct"
