@@ -1,5 +1,5 @@
-"""Chapter 08: masks and packing against one conversation at a time, DPO against trl, the end token, exact resume, bad input.
-Values are computed another way than in the chapter."""
+"""Lesson 08 with deeper/sft_packing and deeper/dpo: masks and packing against one conversation at a time, DPO against trl, the
+end token, exact resume, bad input. Values are computed another way than in the notebooks."""
 import json
 import math
 import os
@@ -12,14 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exercise_cells import exercises, said
 
-from minigpt import finetuning as ft
+from minigpt import finetuning
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.deeper.packing import TokenFile, pack
 from minigpt.chat_format import ChatRenderer
 from minigpt.engine.dataset_readers import load_chats, load_text
-from minigpt.finetuning import (PackedRows, PairRows, PairStepper, best_fit, documents_apart, dpo, dpo_loss, encode_chats,
-                                finetune, load_pairs, measure)
+from minigpt.deeper.dpo import answer_logprobs, dpo_loss, encode_pair, measure_pairs, pair_logprobs
+from minigpt.deeper.sft_packing import best_fit, documents_apart
+from minigpt.engine.finetune import add_chat_tokens, finetune, tuning_config
+from minigpt.engine.packed_rows import PackedRows, encode_chats, held_rows
+from minigpt.engine.preferences import PairRows, PairStepper, as_pair, check_dpo, dpo, load_pairs
+from minigpt.engine.trainer import train
+from minigpt.training import summed_loss
+from minigpt.finetuning import measure, pad_chats, train_chats, usual_rate
 from minigpt.engine.cache import KVCache
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -262,7 +269,7 @@ def test_a_loss_that_is_no_number_ends_the_run(chats, tokenizer, renderer):
 
 def test_the_end_is_learned_where_it_counts_and_only_there(chats, tokenizer, renderer, ledger):
     some, held = short(chats, renderer)[:300], short(load_chats("held"), renderer, 64)[:60]
-    settings = {"max_steps": 60, "lr": 1e-2, "batch_size": 4}
+    settings = {"max_steps": 60, "lr": 1e-2, "batch_size": 4, "block_size": 128}
     result = finetune(tiny(n_embd=48), some, tokenizer=tokenizer, held=held, config=settings, **QUIET)
     assert result.before["stops"] < 0.05
     assert result.after["stops"] >= 0.95
@@ -271,11 +278,11 @@ def test_the_end_is_learned_where_it_counts_and_only_there(chats, tokenizer, ren
     deaf = encode_chats(some, tokenizer, 129)                         # the same run, but the end does not count
     mask = np.where(deaf.ids == renderer.im_end, 0, deaf.mask).astype(np.uint8)
     rows = PackedRows(replace(deaf, mask=mask), 128, 0)
-    config = ft.tuning_config(rows.n_rows, 1, settings)
+    config = tuning_config(rows.n_rows, 1, 1e-3, settings)
     rows.share(config, Ranks())
     model = tiny(n_embd=48)
     with documents_apart(model, 0):
-        ft.train(model, Phase(rows, loss="answers"), config, progress=False)
+        train(model, Phase(rows, loss="answers"), config, progress=False)
     assert sum(r.finish_reason == "stop" for r in reply_all(model, renderer, held)) < 0.05 * len(held)
 
 
@@ -308,13 +315,11 @@ def test_measures_are_those_of_a_plain_loop(chats, tokenizer, renderer):
             if mask[t]:
                 nats, count = nats - logp[t - 1, ids[t]].item(), count + 1
                 right += int(logp[t - 1].argmax()) == ids[t]
-        row = renderer.prompt(chat["messages"][:-1])
-        for _ in range(20):                                           # greedy, by hand
-            row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
-            if row[-1] in renderer.stop_ids:
-                stops += 1
-                break
-    found = measure(model, tokenizer, some, max_new_tokens=20)
+        row, said = renderer.prompt(chat["messages"][:-1]), []
+        while len(said) < 20 and renderer.im_end not in said:         # greedy, by hand
+            said.append(int(model(torch.tensor([row + said]))[0, -1].argmax()))
+        stops += said[-1] == renderer.im_end and renderer.endoftext not in said and bool(tokenizer.decode(said[:-1]).strip())
+    found = measure(model, renderer, some, max_new_tokens=20)
     assert found["answers_perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
     assert found["first_guesses"] == pytest.approx(right / count)
     assert found["stops"] == pytest.approx(stops / len(some))
@@ -345,21 +350,21 @@ def test_the_logged_loss_of_held_answers_is_that_of_whole_conversations(chats, t
 
 def test_held_rows_keep_whole_conversations_and_their_windows(chats, tokenizer, renderer):
     held = short(chats[:60], renderer)
-    stream = ft.held_rows(held, tokenizer, 100, limit=64)
+    stream = held_rows(held, tokenizer, 100, limit=64)
     assert (len(stream) - 1) % 100 == 0 and stream.mask.sum() == sum(sum(renderer.render(c["messages"]).mask) for c in held)
     starts = np.arange(0, len(stream), 100)
     assert (stream.ids[starts] == renderer.endoftext).all()
-    assert len(ft.held_rows(held, tokenizer, 100, limit=10, world=4)) == 8 * 100 + 1
-    flat = encode_chats(held, tokenizer, 1 << 40)
-    assert ft.held_rows(held, tokenizer, 5, limit=64).ids.tolist() == flat.ids.tolist()          # none fits
+    assert len(held_rows(held, tokenizer, 100, limit=10, world=4)) == 8 * 100 + 1
+    flat = encode_chats(held, tokenizer, None)
+    assert held_rows(held, tokenizer, 5, limit=64).ids.tolist() == flat.ids.tolist()          # none fits
     one = min(held, key=lambda c: len(renderer.render(c["messages"]).ids))
     size = len(renderer.render(one["messages"]).ids)
-    assert ft.held_rows(held, tokenizer, size, limit=64).mask.sum() % sum(renderer.render(one["messages"]).mask) == 0
+    assert held_rows(held, tokenizer, size, limit=64).mask.sum() % sum(renderer.render(one["messages"]).mask) == 0
 
 
 def test_more_tokens_change_nothing_for_the_old_ones():
     old, gpt2 = tiny(vocab_size=50257, loud=20), Tokenizer.from_pretrained("gpt2")
-    model, tokenizer = ft.add_chat_tokens(old, gpt2)
+    model, tokenizer = add_chat_tokens(old, gpt2)
     text = "A text, and <|im_start|> is only text."
     assert tokenizer.encode_ordinary(text) == gpt2.encode(text)
     ids = torch.tensor([gpt2.encode(text)])
@@ -394,9 +399,9 @@ def test_dpo_loss_and_gradients_are_trls(tokenizer, renderer, tmp_path, ledger):
     loss = trainer.compute_loss(trainer.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids),
                                                 "completion_mask": mask.long()})
     loss.backward()
-    stepper = PairStepper(policy, TrainConfig(micro_batch=2), Ranks(), beta=0.3)
-    stepper.reference = frozen
-    windows = rows.windows([0, 1, 2, 3])
+    rows.drawn = np.arange(4)
+    stepper = PairStepper(policy, TrainConfig(micro_batch=2), Ranks(), rows, pair_logprobs(frozen, rows.encoded), beta=0.3)
+    windows = rows.windows(rows.drawn)
     ours = stepper.gradients(windows.x, np.where(windows.mask, windows.y, -100))
     ledger("DPO loss = trl's", abs(ours.item() - loss.item()), peer="trl", bound=1e-5)
     assert ours.item() == pytest.approx(loss.item(), abs=1e-5)
@@ -423,14 +428,14 @@ def test_dpo_loss_is_equation_7_in_64_bits(renderer, ledger):
         want.append(math.log1p(math.exp(-0.3 * odds)))
     windows = rows.windows([0, 1, 2, 3, 4])
     x, y = torch.from_numpy(windows.x), torch.from_numpy(np.where(windows.mask, windows.y, -100))
-    logprobs = [ft.answer_logprobs(m.float(), x, y).view(-1, 2) for m in (policy, frozen)]
+    logprobs = [answer_logprobs(m.float(), x, y).view(-1, 2) for m in (policy, frozen)]
     got = dpo_loss(*logprobs, beta=0.3)
     worst = (got.double() - torch.tensor(want, dtype=torch.double)).abs().max().item()
     ledger("DPO loss = equation 7 in 64 bits", worst, bound=1e-4)
     assert worst < 1e-4
 
 
-def test_dpo_prefers_and_resumes_exactly_and_leaves_the_frozen_copy(tokenizer, tmp_path):
+def test_dpo_prefers_and_resumes_exactly(tokenizer, tmp_path):
     def interrupt(row, model):
         if row["step"] == 5:
             signal.raise_signal(signal.SIGINT)
@@ -438,7 +443,7 @@ def test_dpo_prefers_and_resumes_exactly_and_leaves_the_frozen_copy(tokenizer, t
     options = {"tokenizer": tokenizer, "held": pairs[:4], "beta": 0.5, **QUIET,
                "config": {"max_steps": 14, "batch_size": 8, "lr": 3e-3, "log_every": 1}}
     whole = dpo(tiny(loud=5), pairs, **options)
-    assert whole.before["loss"] == pytest.approx(math.log(2), abs=1e-6) and whole.before["prefers"] == 0
+    assert whole.before["loss"] == pytest.approx(math.log(2), abs=1e-6) and whole.before["prefers"] == 0.5
     assert whole.after["loss"] < 0.5 and whole.after["prefers"] == 1
     assert whole.after["chosen"] - whole.after["rejected"] > 1
     half = dpo(tiny(loud=5), pairs, out=tmp_path / "run", callbacks=[interrupt], **options)
@@ -446,11 +451,6 @@ def test_dpo_prefers_and_resumes_exactly_and_leaves_the_frozen_copy(tokenizer, t
     rest = dpo(tiny(loud=5), pairs, out=tmp_path / "run", resume=True, **options)
     assert rest.step == 14 and same(rest.model, whole.model)
     assert same(GPT2.from_pretrained(tmp_path / "run" / "model"), whole.model)
-    model = tiny()
-    stepper = PairStepper(model, TrainConfig(), Ranks(), beta=0.1)
-    with torch.no_grad():
-        model.wte.weight.add_(1.0)
-    assert same(stepper.reference, tiny())
 
 
 @pytest.mark.parametrize("row, words", [
@@ -460,14 +460,14 @@ def test_dpo_prefers_and_resumes_exactly_and_leaves_the_frozen_copy(tokenizer, t
     ({"chosen": talk("a", "b")["messages"], "rejected": talk("x", "c")["messages"]}, "same prompt")])
 def test_bad_pairs_are_named(row, words):
     with pytest.raises(ValueError, match=f"pairs.jsonl, line 3.*{words}"):
-        ft.as_pair(row, "pairs.jsonl, line 3")
+        as_pair(row, "pairs.jsonl, line 3")
 
 
 def test_layouts_of_pairs(tmp_path):
-    want = ft.as_pair({"prompt": "a", "chosen": "b", "rejected": "c"})
-    assert want == ft.as_pair({"chosen": talk("a", "b")["messages"], "rejected": talk("a", "c")["messages"]})
-    assert want == ft.as_pair({"prompt": talk("a")["messages"], "chosen": talk("", "b")["messages"][1:], "rejected": "c"})
-    assert want == ft.as_pair(want)
+    want = as_pair({"prompt": "a", "chosen": "b", "rejected": "c"})
+    assert want == as_pair({"chosen": talk("a", "b")["messages"], "rejected": talk("a", "c")["messages"]})
+    assert want == as_pair({"prompt": talk("a")["messages"], "chosen": talk("", "b")["messages"][1:], "rejected": "c"})
+    assert want == as_pair(want)
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
     assert load_pairs(path) == [want]
@@ -502,9 +502,9 @@ def test_dpo_refuses_what_cannot_work(tokenizer, renderer):
 def test_dpo_takes_whole_pairs_on_each_rank(renderer, size, world, works):
     """What does not divide is refused, with a batch_size that works; with that one, the ranks draw just its pairs."""
     with pytest.raises(ValueError, match=f"batch_size={size}, processes: {world}.* {2 * world}, such as {works}$"):
-        ft.check_dpo(TrainConfig(batch_size=size), 0.1, world)
+        check_dpo(TrainConfig(batch_size=size), 0.1, world)
     config, rows = TrainConfig(batch_size=works), PairRows(some_pairs(works // 2), renderer, 128)
-    ft.check_dpo(config, 0.1, world)
+    check_dpo(config, 0.1, world)
     drawn = []
     for rank in range(world):
         rows.position = 0
@@ -586,3 +586,129 @@ def test_plain_texts_may_be_mixed_in(chats, tokenizer, renderer):
     assert (tokens.ids == 0).sum() == 8
     start = int(np.flatnonzero(tokens.ids == 0)[5])
     assert tokens.mask[start + 1:].all()
+
+
+# ------------------------------------------------------------------ the lesson's own functions
+
+def test_padded_targets_are_the_masks_of_each_row(chats, renderer):
+    rows = [renderer.render(c["messages"]) for c in short(chats, renderer)[:5]]
+    x, y = pad_chats(rows)
+    assert x.shape == y.shape == (5, max(len(r.ids) for r in rows) - 1)
+    for n, (ids, mask) in enumerate(rows):
+        assert x[n, :len(ids) - 1].tolist() == ids[:len(x[n]) + 1][:-1]
+        assert [int(t) for t in y[n] if t != -100] == [i for i, m in zip(ids, mask) if m]
+        assert [t for t in range(y.shape[1]) if y[n, t] != -100] == [t - 1 for t, m in enumerate(mask) if m]
+
+
+def test_the_loop_on_one_screen_is_the_engines(chats, renderer):
+    """Its first loss by hand; the same seed gives the same weights, another one does not."""
+    rows = [renderer.render(c["messages"]) for c in short(chats, renderer)[:3]]
+    model, nats, count = tiny(loud=20), 0.0, 0
+    for ids, mask in rows:
+        with torch.no_grad():
+            logp = model(torch.tensor([ids]))[0].log_softmax(-1)
+        nats -= sum(logp[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t])
+        count += sum(mask)
+    losses = train_chats(model, rows, max_steps=6, lr=1e-3, batch_size=3)
+    assert losses[0] == pytest.approx(nats / count, rel=1e-4) and losses[-1] < losses[0] and not model.training
+    again, other = tiny(loud=20), tiny(loud=20)
+    train_chats(again, rows, max_steps=6, lr=1e-3, batch_size=3)
+    train_chats(other, rows, max_steps=6, lr=1e-3, batch_size=2, seed=1)
+    assert same(model, again) and not same(model, other)
+
+
+def test_the_default_rate_is_the_advised_one(chats, tokenizer, renderer):
+    model = tiny()
+    rate = usual_rate(model)
+    assert rate == pytest.approx(0.6 / math.sqrt(sum(p.numel() for p in model.parameters())))
+    assert 1e-5 < usual_rate(torch.nn.Linear(124_000_000, 1, bias=False, device="meta")) < 1e-4
+    some = short(chats, renderer)[:12]
+    settings = {"max_steps": 4, "batch_size": 2, "log_every": 1, "warmup_steps": 0}
+    result = finetune(model, some, tokenizer=tokenizer, config=settings, **QUIET)
+    assert result.history[0]["lr"] == pytest.approx(rate)
+    result = dpo(tiny(), some_pairs(4), tokenizer=tokenizer, config=settings, **QUIET)
+    assert result.history[0]["lr"] == pytest.approx(rate / 2)
+
+
+@pytest.mark.parametrize("epochs", [0, -1, math.inf, math.nan])
+def test_epochs_that_make_no_run_are_refused(chats, tokenizer, epochs):
+    for tune, data in ((finetune, chats[:9]), (dpo, some_pairs(4))):
+        with pytest.raises(ValueError, match=f"epochs={epochs}"):
+            tune(tiny(), data, tokenizer=tokenizer, epochs=epochs, **QUIET, **({"too_long": "drop"} if tune is finetune else {}))
+
+
+def test_rows_are_as_long_as_the_longest_conversation(tokenizer, renderer):
+    result = finetune(tiny(), [talk("Hi", "Hello"), talk("Hi", "Hello " * 9)], tokenizer=tokenizer, **QUIET,
+                      config={"max_steps": 1, "batch_size": 1, "log_every": 1})
+    size = len(renderer.render(talk("Hi", "Hello " * 9)["messages"]).ids)
+    assert result.history[0]["tokens"] == size - 1
+
+
+def test_finetune_takes_a_loss(chats, tokenizer, renderer):
+    """It is called in summed_loss's place: with half of it, the logged loss is half."""
+    def half(*args):
+        return 0.5 * summed_loss(*args)
+    options = {"tokenizer": tokenizer, "config": {"max_steps": 1, "batch_size": 2, "log_every": 1}, **QUIET}
+    some = short(chats, renderer)[:10]
+    whole, less = finetune(tiny(), some, **options), finetune(tiny(), some, loss=half, **options)
+    assert less.history[0]["loss"] == pytest.approx(whole.history[0]["loss"] / 2, rel=1e-6)
+
+
+def test_an_end_that_is_no_answers_end_is_not_counted(renderer):
+    """A model that always says one token: <|im_end|> at once is an empty answer, <|endoftext|> a text's end."""
+    class Says(torch.nn.Module):
+        def __init__(self, first, then):
+            super().__init__()
+            self.config, self.device, self.said = tiny().config, torch.device("cpu"), (first, then)
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def decoder(self):
+            return self
+
+        def start(self, prompts, room):
+            return self.logits(len(prompts), self.said[0])
+
+        def feed(self, new, stay=None):
+            return self.logits(len(new), self.said[1])
+
+        def logits(self, rows, token):
+            return torch.nn.functional.one_hot(torch.full((rows, 1), token), 600).float()
+    word, asked = renderer.tokenizer.encode("a")[0], [talk("Hi", "Hello")] * 3
+    share = {name: finetuning._stops(Says(*said), renderer, asked, 3, 8) for name, said in {
+        "answer": (word, renderer.im_end), "empty": (renderer.im_end, word), "text": (renderer.endoftext, renderer.im_end),
+        "endless": (word, word)}.items()}
+    assert share == {"answer": 1.0, "empty": 0.0, "text": 0.0, "endless": 0.0}
+
+
+def test_shared_words_of_a_pair_cancel(renderer):
+    """Where one answer is the beginning of the other, its words stand in both sums and drop out of loss and gradient."""
+    pair = encode_pair(some_pairs(1)[0], renderer)
+    (ids, mask), (other, less) = pair
+    n = sum(less) - 1                                                 # without its end
+    begin = mask.index(1)
+    assert other[:begin + n] == ids[:begin + n]
+    own = [(ids, [0] * (begin + n) + mask[begin + n:]), (other, [0] * (begin + n) + less[begin + n:])]
+    model, frozen = tiny(loud=20), tiny(seed=1, loud=20)
+    grads = []
+    for rows in (pair, own):
+        model.zero_grad()
+        policy, reference = (answer_logprobs(m, *pad_chats(rows)).view(1, 2) for m in (model, frozen))
+        dpo_loss(policy, reference.detach(), beta=0.3).sum().backward()
+        grads.append(model.wte.weight.grad.clone())
+    assert torch.allclose(*grads, atol=1e-5 * grads[0].abs().max().item())
+
+
+def test_ties_are_half_a_preference(renderer):
+    model, pairs = tiny(), [encode_pair(p, renderer) for p in some_pairs(3)]
+    found = measure_pairs(model, pairs, pair_logprobs(model, pairs))
+    assert (found["prefers"], found["chosen"], found["rejected"]) == (0.5, 0, 0)
+
+
+@pytest.mark.parametrize("name, number", [("deeper/sft_packing", 0), ("deeper/sft_packing", 1), ("deeper/dpo", 0), ("deeper/dpo", 2)])
+def test_exercises(name, number, capsys):
+    """Those that need no trained model."""
+    _, empty, check, solution = exercises(name)[number]
+    space = {"torch": torch, "F": torch.nn.functional, "dpo_loss": dpo_loss, "policy": torch.tensor([[-10.0, -21.0], [-5.0, -5.0]]),
+             "frozen": torch.tensor([[-12.0, -20.0], [-5.0, -5.0]])}
+    assert said(empty, check, space, capsys) == "not solved yet"
+    assert said(solution, check, space, capsys) == "correct"

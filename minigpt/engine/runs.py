@@ -68,7 +68,7 @@ def _tune_chats(model, tokenizer, sources: Sequence[str], reading: dict,
     """Fine-tune on conversations; one in twenty is kept to measure on."""
     from minigpt.data import split_held
     from minigpt.engine.dataset_readers import load_chats, load_text
-    from minigpt.finetuning import finetune
+    from minigpt.engine.finetune import finetune
     rows = [chat for source in sources
             for chat in load_chats(source, **reading)]
     judge = load_chats(held) if held else None
@@ -83,7 +83,7 @@ def _tune_pairs(model, tokenizer, source: str, split: str | None,
                 limit: int | None, held: str | None, **settings):
     """DPO on preference pairs; one in ten is kept to measure on."""
     from minigpt.data import split_held
-    from minigpt.finetuning import dpo, load_pairs
+    from minigpt.engine.preferences import dpo, load_pairs
     rows = load_pairs(source, split=split or "train", limit=limit)
     judge = load_pairs(held) if held else None
     if judge is None:
@@ -147,12 +147,12 @@ def finetune_files(model: str,  # folder or name of what is tuned
         raise ValueError("--add-chat-tokens changes the model itself, which "
                          "an adapter can't hold: fine-tune once without "
                          "--lora, and give that model an adapter")
-    from minigpt import finetuning
+    from minigpt.engine import finetune
     from minigpt.engine.hub import load_pair
-    finetuning.check_out(out, resume)
+    finetune.check_out(out, resume)
     gpt, tokenizer = load_pair(model)
     if add_chat_tokens:
-        gpt, tokenizer = finetuning.add_chat_tokens(gpt, tokenizer)
+        gpt, tokenizer = finetune.add_chat_tokens(gpt, tokenizer)
     if lora:
         settings = {"lr": 5e-4 if pairs else 2e-3, **(settings or {})}
         _with_adapter(gpt, model, lora, nf4, settings.get("seed", 0))
