@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'GPT2Config', 'MLP', 'Block', 'init_weights', 'GPT2', 'cou
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from .attention import CausalSelfAttention
 @dataclass(frozen=True)
 class GPT2Config:
     """The shape of a GPT-2; without arguments that of OpenAI's smallest."""
+    model_type: ClassVar[str] = "gpt2"
+    tie_word_embeddings: ClassVar[bool] = True
     vocab_size: int = 50257            # V ids
     block_size: int = 1024             # positions
     n_layer: int = 12                  # blocks
@@ -34,6 +37,14 @@ class GPT2Config:
     def __post_init__(self):
         from minigpt.engine.checks import check_config
         check_config(self)
+
+    @property
+    def n_kv_head(self) -> int:        # heads of keys and of values
+        return self.n_head
+
+    @property
+    def head_dim(self) -> int:         # D
+        return self.n_embd // self.n_head
 
     @classmethod
     def preset(cls, name: str,  # of PRESETS
@@ -98,10 +109,10 @@ def init_weights(model: nn.Module,  # its weights are replaced
     less for what writes into the residual stream; biases 0."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            end = name.endswith("c_proj")
+            end = name.endswith(("c_proj", "o_proj", "down_proj"))
             std = 0.02 / math.sqrt(2 * n_layer) if end else 0.02
             nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear):
+        if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
 
 # %% ../nbs/03_gpt2.ipynb #gpt2
@@ -132,6 +143,12 @@ class GPT2(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.wte.weight.dtype
 
+    def embed(self, ids: Tensor,  # (B, T)
+              positions: Tensor,  # (T,) or (B, T)
+              ) -> Tensor:  # (B, T, C)
+        """What enters the first block."""
+        return self.drop(self.wte(ids) + self.wpe(positions))
+
     def hidden_states(self, ids: Tensor,  # (B, T)
                       cache=None,  # of earlier tokens
                       n_layer: int | None = None,  # blocks; None: all
@@ -145,7 +162,7 @@ class GPT2(nn.Module):
         else:
             positions, mask = cache.positions(T), cache.mask(T)
         try:
-            x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
+            x = self.embed(ids, positions)                    # (B, T, C)
         except IndexError:
             raise unknown_id(ids, self.config.vocab_size) from None
         for block in list(self.blocks)[:n_layer]:

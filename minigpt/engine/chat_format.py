@@ -101,6 +101,14 @@ class ChatRenderer:
     Raises ValueError if the tokenizer lacks one of CHAT_TOKENS.
     """
 
+    def __new__(cls, tokenizer: BPETokenizer | None = None):
+        """Another family's template makes it a TemplateRenderer."""
+        chat = getattr(tokenizer, "chat", {})
+        if chat.get("chat_template", CHAT_TEMPLATE) == CHAT_TEMPLATE:
+            return super().__new__(cls)
+        from minigpt.engine.templates import TemplateRenderer
+        return super().__new__(TemplateRenderer)
+
     def __init__(self, tokenizer: BPETokenizer, # with CHAT_TOKENS
                  ):
         special = tokenizer.special_tokens
