@@ -33,7 +33,8 @@ class LlamaConfig(GPT2Config):
     tie_word_embeddings: bool = True    # the head is wte again
 
     def __post_init__(self):
-        D, W = self.n_embd // self.n_head, 8 * self.n_embd // 3
+        D = self.n_embd // max(1, self.n_head)
+        W = 8 * self.n_embd // 3
         derived = {"n_kv_head": self.n_head, "head_dim": D, "n_inner": W}
         for name, value in derived.items():
             if getattr(self, name) is None:

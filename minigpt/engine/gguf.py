@@ -9,16 +9,15 @@ __all__ = ['dequantize', 'quantize', 'TensorInfo', 'GGUF', 'write_gguf']
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
 
 from .files import atomic_file
 
-# %% ../../nbs/engine/gguf.ipynb #kinds
 _BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34),
            "Q4_0": (32, 18), "Q4_1": (32, 20)}  # numbers, and their bytes
 _KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1",
@@ -26,27 +25,24 @@ _KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1",
           13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 30: "BF16"}
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4",
             6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_TYPES = {np.dtype(form): number for number, form in _NUMBERS.items()}
 _STRING, _ARRAY = 8, 9          # types of metadata besides numbers
-_MAX_NAME, _MAX_SIDES = 65_535, 4
+_FLOATS = {"F32": "<f4", "F16": "<f2"}
 
 # %% ../../nbs/engine/gguf.ipynb #dequantize
 def _halves(blocks: ndarray) -> ndarray:
     """The half bytes of (N, 16) bytes as float32 (N, 32)."""
-    both = np.concatenate([blocks & 15, blocks >> 4], axis=1)
-    return both.astype(np.float32)
+    return np.concatenate([blocks & 15, blocks >> 4], 1).astype(np.float32)
 
 
 def dequantize(data: ndarray,  # uint8 (bytes,)
                kind: str,      # "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"
                ) -> ndarray:   # float32 (numbers,)
     """The numbers that bytes stand for."""
-    if kind == "F32":
-        return data.view("<f4").astype(np.float32)
-    if kind == "F16":
-        return data.view("<f2").astype(np.float32)
+    if kind in _FLOATS:
+        return data.view(_FLOATS[kind]).astype(np.float32)
     if kind == "BF16":
-        wide = data.view("<u2").astype(np.uint32) << 16
-        return wide.view(np.float32)
+        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
     blocks = data.reshape(-1, _BLOCKS[kind][1])
     d = blocks[:, :2].copy().view("<f2").astype(np.float32)    # (N, 1)
     if kind == "Q8_0":
@@ -58,7 +54,6 @@ def dequantize(data: ndarray,  # uint8 (bytes,)
         values = d * _halves(blocks[:, 4:]) + m
     return values.reshape(-1)
 
-# %% ../../nbs/engine/gguf.ipynb #quantize
 def _steps(blocks: ndarray, d: ndarray) -> ndarray:
     """blocks / d, and 0 where d is 0."""
     with np.errstate(divide="ignore"):
@@ -74,11 +69,10 @@ def _half_bytes(steps: ndarray) -> ndarray:
 def quantize(values: ndarray,  # float32, a multiple of the block
              kind: str,        # as in dequantize()
              ) -> ndarray:     # uint8 (bytes,)
-    """The bytes that stand for numbers, rounded as llama.cpp does."""
+    """The bytes that stand for them, rounded as llama.cpp does."""
     values = np.ascontiguousarray(values, "<f4")
-    if kind in ("F32", "F16"):
-        form = {"F32": "<f4", "F16": "<f2"}[kind]
-        return values.reshape(-1).astype(form).view(np.uint8)
+    if kind in _FLOATS:
+        return values.reshape(-1).astype(_FLOATS[kind]).view(np.uint8)
     if kind == "BF16":
         bits = values.view(np.uint32).astype(np.uint64)
         even = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
@@ -112,8 +106,7 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         """The next bytes; ValueError if there are not as many."""
         if count > len(self.data) - self.at:
-            raise ValueError(f"byte {self.at} promises {count:,} more, and "
-                             f"{len(self.data) - self.at:,} are left")
+            raise ValueError(f"it ends before {count:,} bytes at {self.at}")
         self.at += count
         return self.data[self.at - count:self.at]
 
@@ -125,20 +118,12 @@ class _Cursor:
         """A count of things that need so many bytes each."""
         n = self.number("Q")
         if n * least > len(self.data) - self.at:
-            raise ValueError(f"byte {self.at - 8} promises {n:,} entries, "
-                             "which is more than the file can hold")
+            raise ValueError(f"no room for {n:,} entries at {self.at}")
         return n
 
-    def text(self, longest: int | None = None) -> str:
-        """A string, which must be UTF-8."""
-        n = self.number("Q")
-        if longest is not None and n > longest:
-            raise ValueError(f"a name of {n:,} bytes at byte {self.at}")
-        try:
-            return self.take(n).decode("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"the text before byte {self.at} is not in "
-                             "UTF-8") from None
+    def text(self) -> str:
+        """A string; ValueError unless it is UTF-8."""
+        return self.take(self.number("Q")).decode("utf-8")
 
     def numbers(self, kind: int, count: int) -> ndarray:
         """Numbers of a type of metadata."""
@@ -162,23 +147,18 @@ class _Cursor:
         raise ValueError(f"{what} of metadata before byte {self.at}")
 
 # %% ../../nbs/engine/gguf.ipynb #info
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """What a GGUF file says of a tensor."""
     name: str
     shape: tuple[int, ...]  # as numpy's and torch's: rows first
     kind: str               # how it is stored: "F32", "Q8_0", ...
     offset: int             # of its first byte, from the first tensor's
-
-    @property
-    def nbytes(self) -> int:
-        numbers, size = _BLOCKS[self.kind]
-        return prod(self.shape) // numbers * size
+    nbytes: int
 
 
 def _read_info(cursor: _Cursor) -> TensorInfo:
-    name, n = cursor.text(_MAX_NAME), cursor.number("I")
-    if not 1 <= n <= _MAX_SIDES:
+    name, n = cursor.text(), cursor.number("I")
+    if not 1 <= n <= 4:
         raise ValueError(f"the tensor {name[:60]!r} has {n} sides")
     shape = tuple(cursor.number("Q") for _ in range(n))[::-1]
     number, offset = cursor.number("I"), cursor.number("Q")
@@ -189,15 +169,16 @@ def _read_info(cursor: _Cursor) -> TensorInfo:
     if not all(shape) or shape[-1] % _BLOCKS[kind][0]:
         raise ValueError(f"the tensor {name[:60]!r} has the shape {shape}, "
                          f"which is not possible in {kind}")
-    return TensorInfo(name, shape, kind, offset)
+    numbers, size = _BLOCKS[kind]
+    nbytes = prod(shape) // numbers * size
+    return TensorInfo(name, shape, kind, offset, nbytes)
 
-# %% ../../nbs/engine/gguf.ipynb #gguf
+
 class GGUF:
     """A GGUF file: `metadata` and `tensors` by name; `tensor()` reads one.
 
-    Raises FileNotFoundError, and ValueError in one line for what is no such
-    file, is cut short, or says of itself what can't be.
-    """
+    Raises FileNotFoundError, and ValueError, in one line, for what is no
+    such file, is cut short, or says of itself what can't be."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -220,7 +201,7 @@ class GGUF:
         n_tensors, n_pairs = cursor.count(32), cursor.count(13)
         self.metadata: dict = {}
         for _ in range(n_pairs):
-            name = cursor.text(_MAX_NAME)
+            name = cursor.text()
             if name in self.metadata:
                 raise ValueError(f"{name[:60]!r} is there twice")
             self.metadata[name] = cursor.value(cursor.number("I"))
@@ -232,16 +213,12 @@ class GGUF:
         if type(step) is not int or not 8 <= step <= 2**16 or step % 8:
             raise ValueError(f"general.alignment is {step!r}")
         self._start = -(-cursor.at // step) * step
-        self._check_places(infos, step)
-
-    def _check_places(self, infos: list[TensorInfo], step: int) -> None:
         end, room = 0, len(self._data) - self._start
         for info in sorted(infos, key=lambda info: info.offset):
             where = f"the tensor {info.name[:60]!r}"
             if info.offset % step or info.offset < end:
-                raise ValueError(f"{where} begins at {info.offset:,}, inside "
-                                 "of another or at no multiple of "
-                                 f"general.alignment={step}")
+                raise ValueError(f"{where} begins inside of another, or at no "
+                                 f"multiple of general.alignment={step}")
             end = info.offset + info.nbytes
             if end > room:
                 raise ValueError(f"{where} would end {end - room:,} bytes "
@@ -258,9 +235,6 @@ class GGUF:
         return values
 
 # %% ../../nbs/engine/gguf.ipynb #write-1
-_TYPES = {np.dtype(form): number for number, form in _NUMBERS.items()}
-
-
 def _text(text: str) -> bytes:
     data = text.encode("utf-8")
     return struct.pack("<Q", len(data)) + data
@@ -268,17 +242,12 @@ def _text(text: str) -> bytes:
 
 def _as_array(value) -> ndarray:
     """Numbers with the dtype that they are written with."""
-    if isinstance(value, (ndarray, np.generic)):
-        found = np.asarray(value)
-    elif isinstance(value, list):
-        found = np.array(value)
-        if found.dtype.kind in "if":
-            found = found.astype("<i4" if found.dtype.kind == "i" else "<f4")
-    else:
-        whole = type(value) is int
-        wide = whole and not 0 <= value < 2**32
-        found = np.array(value, "<i8" if wide else "<u4" if whole else
-                         "?" if type(value) is bool else "<f4")
+    found = np.asarray(value)
+    if type(value) is int and 0 <= value < 2**32:
+        found = found.astype("<u4")
+    elif isinstance(value, float) or found.ndim and isinstance(value, list):
+        found = found.astype({"i": "<i4", "f": "<f4"}.get(
+            found.dtype.kind, found.dtype))
     if found.dtype not in _TYPES or found.ndim > 1:
         raise ValueError(f"{value!r:.40} can't stand in a GGUF file")
     return found
@@ -291,12 +260,12 @@ def _pair(name: str, value) -> bytes:
         head = struct.pack("<IIQ", _ARRAY, _STRING, len(value))
         return _text(name) + head + b"".join(map(_text, value))
     array = _as_array(value)
-    kind = _TYPES[array.dtype]
-    head = struct.pack("<IIQ", _ARRAY, kind, len(array)) if array.ndim \
-        else struct.pack("<I", kind)
+    head = struct.pack("<I", _TYPES[array.dtype])
+    if array.ndim:
+        head = struct.pack("<I", _ARRAY) + head + struct.pack("<Q", len(array))
     return _text(name) + head + array.tobytes()
 
-# %% ../../nbs/engine/gguf.ipynb #write-2
+
 def write_gguf(path: str | Path,
                metadata: Mapping,  # name -> str, int, float, bool, list
                tensors: Mapping[str, tuple[ndarray, str]],  # name ->
@@ -306,23 +275,23 @@ def write_gguf(path: str | Path,
     """Write a GGUF file of version 3.
 
     Raises FileExistsError unless `overwrite`, and ValueError for a kind that
-    is not known, or whose blocks do not fit the rows.
-    """
-    head, infos, offset = [], [], 0
+    is not known, or whose blocks do not fit the rows."""
+    infos, offset = [], 0
     for name, (values, kind) in tensors.items():
         numbers, size = _BLOCKS.get(kind, (0, 0))
         if not numbers or not values.ndim or values.shape[-1] % numbers:
             raise ValueError(f"{name} {values.shape} can't be stored as "
-                             f"{kind!r}: rows are multiples of the block, "
-                             f"and the kinds are {', '.join(_BLOCKS)}")
+                             f"{kind!r}, only in blocks of {_BLOCKS}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} holds NaN or infinity")
         code = next(n for n, known in _KINDS.items() if known == kind)
         infos.append(_text(name) + struct.pack(
             f"<I{values.ndim}QIQ", values.ndim, *values.shape[::-1], code,
             offset))
         offset += -(-values.size // numbers * size // 32) * 32
-    head = b"".join([b"GGUF", struct.pack("<IQQ", 3, len(infos),
-                                          len(metadata)),
-                     *(_pair(*item) for item in metadata.items()), *infos])
+    pairs = [_pair(*item) for item in metadata.items()]
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(infos), len(pairs)) + \
+        b"".join(pairs + infos)
     with atomic_file(path, overwrite=overwrite) as aside, \
             open(aside, "wb") as file:
         file.write(head + bytes(-len(head) % 32))

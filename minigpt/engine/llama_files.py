@@ -189,7 +189,7 @@ def _gguf_config(file: GGUF) -> LlamaConfig:
         model_type=kind, vocab_size=file.tensors["token_embd.weight"].shape[0],
         block_size=get("context_length"), n_layer=get("block_count"),
         n_head=H, n_embd=C, n_kv_head=get("attention.head_count_kv", H),
-        head_dim=get("attention.key_length", C // H if H else 0),
+        head_dim=get("attention.key_length", H and C // H),
         n_inner=get("feed_forward_length"),
         layer_norm_epsilon=get("attention.layer_norm_rms_epsilon"),
         rope_theta=float(get("rope.freq_base", 10_000.0)),

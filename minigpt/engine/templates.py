@@ -108,9 +108,9 @@ class TemplateRenderer(ChatRenderer):
             before = self._encode(messages[:n], True)
             ids = self._encode(messages[:n + 1], False)
             if before[:len(done)] != done or ids[:len(before)] != before:
-                raise ValueError("this chat template writes an answer in "
-                                 "another way once more is said: no loss "
-                                 "mask can be made of it")
+                raise ValueError("no loss mask can be made with this chat "
+                                 "template: it writes an answer otherwise "
+                                 "than it asks for one")
             end = next((i for i in range(len(before), len(ids))
                         if ids[i] in self.stop_ids), len(ids) - 1) + 1
             mask += [0] * (len(before) - len(done)) + \
