@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt import ChatRenderer, KVCache, LoraConfig, apply_lora, generate, merge_lora
+from minigpt import ChatRenderer, KVCache, LoraConfig, apply_lora, generate, load_adapter, merge_lora, save_adapter
 from minigpt.attention import set_attn_implementation
 from minigpt.deeper.fast_decoding import Decoder
 from minigpt.engine.gguf import GGUF, quantize, dequantize, write_gguf
@@ -217,6 +217,24 @@ def test_lora_finds_its_layers_and_merges(ids):
     assert not torch.allclose(tuned, plain, atol=1e-3)
     merge_lora(model)
     torch.testing.assert_close(model(ids), tuned, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_an_adapter_is_read_by_peft_and_read_again(tmp_path, ids):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    peer_of("llama", tmp_path / "model")
+    ours = Llama.from_pretrained(tmp_path / "model")
+    apply_lora(ours, LoraConfig(r=2, target_modules=("q_proj", "down_proj")))
+    for name, p in ours.named_parameters():
+        if "lora_B" in name:
+            p.normal_(generator=torch.Generator().manual_seed(len(name)))
+    save_adapter(ours, tmp_path / "adapter", base_model=str(tmp_path / "model"))
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    peer = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()
+    torch.testing.assert_close(peer(ids).logits, ours(ids), atol=1e-4, rtol=0)
+    again = Llama.from_pretrained(tmp_path / "model")
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(ids), ours(ids))
 
 
 def test_a_window_by_hand():
