@@ -103,8 +103,8 @@ class ChatRenderer:
 
     def __new__(cls, tokenizer: BPETokenizer | None = None):
         """Another family's template makes it a TemplateRenderer."""
-        chat = getattr(tokenizer, "chat", {})
-        if chat.get("chat_template", CHAT_TEMPLATE) == CHAT_TEMPLATE:
+        form = getattr(tokenizer, "chat", {}).get("chat_template")
+        if form is None or form == CHAT_TEMPLATE:
             return super().__new__(cls)
         from minigpt.engine.templates import TemplateRenderer
         return super().__new__(TemplateRenderer)
