@@ -2008,8 +2008,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'minigpt.gpt2.GPT2.save_pretrained': ('gpt2.html#gpt2.save_pretrained', 'minigpt/gpt2.py'),
                               'minigpt.gpt2.GPT2Config': ('gpt2.html#gpt2config', 'minigpt/gpt2.py'),
                               'minigpt.gpt2.GPT2Config.__post_init__': ('gpt2.html#gpt2config.__post_init__', 'minigpt/gpt2.py'),
-                              'minigpt.gpt2.GPT2Config.head_dim': ('gpt2.html#gpt2config.head_dim', 'minigpt/gpt2.py'),
-                              'minigpt.gpt2.GPT2Config.n_kv_head': ('gpt2.html#gpt2config.n_kv_head', 'minigpt/gpt2.py'),
                               'minigpt.gpt2.GPT2Config.preset': ('gpt2.html#gpt2config.preset', 'minigpt/gpt2.py'),
                               'minigpt.gpt2.MLP': ('gpt2.html#mlp', 'minigpt/gpt2.py'),
                               'minigpt.gpt2.MLP.__init__': ('gpt2.html#mlp.__init__', 'minigpt/gpt2.py'),

@@ -123,26 +123,22 @@ def eager_attention(q: Tensor,  # (B, H, T, D)
                                 # (B, H, T, S), besides the causal one
                     ) -> Tensor:  # (B, H, T, D)
     """What each head brings back, by attention()."""
-    if (times := q.shape[1] // k.shape[1]) > 1:
-        k, v = (t.repeat_interleave(times, dim=1) for t in (k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     return attention(q, k, v, mask)[0]
 
 
 def sdpa_attention(q: Tensor,  # (B, H, T, D)
-                   k: Tensor,  # as for eager_attention
-                   v: Tensor,
+                   k: Tensor, v: Tensor,  # as for eager_attention
                    mask: Tensor | None = None,
                    ) -> Tensor:  # (B, H, T, D)
     """The same by torch's scaled_dot_product_attention."""
-    T, S, shared = q.shape[2], k.shape[2], k.shape[1] < q.shape[1]
+    T, S, gqa = q.shape[2], k.shape[2], k.shape[1] < q.shape[1]
     if T == 1 or (mask is None and T == S):  # one query may see all keys
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
-                                              is_causal=T > 1,
-                                              enable_gqa=shared)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=T > 1, enable_gqa=gqa)
     past = causal_mask(T, S, q.device)
     allowed = past if mask is None else past & mask
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed,
-                                          enable_gqa=shared)
+    return F.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=gqa)
 
 
 ATTENTION: dict[str, AttentionFunction] = {

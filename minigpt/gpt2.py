@@ -9,7 +9,6 @@ __all__ = ['PRESETS', 'GPT2Config', 'MLP', 'Block', 'init_weights', 'GPT2', 'cou
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,7 @@ from .attention import CausalSelfAttention
 @dataclass(frozen=True)
 class GPT2Config:
     """The shape of a GPT-2; without arguments that of OpenAI's smallest."""
-    model_type: ClassVar[str] = "gpt2"
-    tie_word_embeddings: ClassVar[bool] = True
+    model_type, tie_word_embeddings = "gpt2", True  # of every GPT-2
     vocab_size: int = 50257            # V ids
     block_size: int = 1024             # positions
     n_layer: int = 12                  # blocks
@@ -38,13 +36,8 @@ class GPT2Config:
         from minigpt.engine.checks import check_config
         check_config(self)
 
-    @property
-    def n_kv_head(self) -> int:        # heads of keys and of values
-        return self.n_head
-
-    @property
-    def head_dim(self) -> int:         # D
-        return self.n_embd // self.n_head
+    n_kv_head = property(lambda self: self.n_head)  # of keys and values
+    head_dim = property(lambda self: self.n_embd // self.n_head)  # D
 
     @classmethod
     def preset(cls, name: str,  # of PRESETS
@@ -143,10 +136,8 @@ class GPT2(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.wte.weight.dtype
 
-    def embed(self, ids: Tensor,  # (B, T)
-              positions: Tensor,  # (T,) or (B, T)
-              ) -> Tensor:  # (B, T, C)
-        """What enters the first block."""
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first block, (B, T, C)."""
         return self.drop(self.wte(ids) + self.wpe(positions))
 
     def hidden_states(self, ids: Tensor,  # (B, T)

@@ -131,7 +131,8 @@ _NO_RANK = 1 << 62
 class WordEncoder:
     """Encodes single words, as BPETokenizer does.
 
-    Bytes without a token, where that is allowed, are left out. Raises ValueError if a merge needs or makes a token without an id.
+    Bytes without a token, where that is allowed, are left out. Raises
+    ValueError if a merge needs or makes a token without an id.
     """
 
     def __init__(self, ids: Mapping[bytes, int], # token -> id
@@ -154,7 +155,8 @@ class WordEncoder:
 
     def __call__(self, word: bytes) -> list[int]:
         """The ids of a word: always merge the pair of the lowest rank."""
-        ids = [self.byte_ids[b] for b in word.translate(None, self.unknown)]
+        word = word.translate(None, self.unknown)
+        ids = [self.byte_ids[b] for b in word]
         if len(ids) > 100:
             return merge_long(ids, self.ranks, self.new_ids)
         rank = self.ranks.get

@@ -159,7 +159,8 @@ def _adapter_tensors(model: GPT2, name: str) -> dict[str, Tensor]:
     for path, layer in lora_layers(model, name).items():
         for part, kept in (("A", layer.lora_A), ("B", layer.lora_B)):
             key = f"base_model.model.{before}{hf_name(path, kind)}"
-            found[f"{key}.lora_{part}.weight"] = kept[name].detach().cpu().contiguous()
+            tensor = kept[name].detach().cpu()
+            found[f"{key}.lora_{part}.weight"] = tensor.contiguous()
     return found
 
 # %% ../../nbs/engine/adapters.ipynb #save

@@ -37,8 +37,8 @@ def config_from_hf(values: dict,  # what a config.json holds
     """The shape that a config.json of transformers describes.
 
     A field that is not there has the value that transformers gives it, but
-    for dropout, which is then 0. Raises ValueError for another architecture and for a variant that
-    this model does not compute.
+    for dropout, which is then 0. Raises ValueError for another architecture
+    and for a variant that is not built here.
     """
     if values.get("model_type") in _LLAMA_TYPES:
         from minigpt.engine.llama_files import llama_config

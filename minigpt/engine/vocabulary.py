@@ -167,7 +167,8 @@ def find_tokenizer(name: str | Path | None,  # None: the shipped one
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise FileNotFoundError(
             f"no tokenizer {str(name)!r}: give a folder, 'minigpt-chat', "
-            "'gpt2', 'smollm2', a .gguf file, or a hub name such as 'openai-community/gpt2'")
+            "'gpt2', 'smollm2', a .gguf file, or a hub name such as "
+            "'openai-community/gpt2'")
     from huggingface_hub import snapshot_download
     wanted = ["tokenizer.json", "tokenizer_config.json",
               "chat_template.jinja", *GPT2_FILES[0], *GPT2_FILES[1]]
