@@ -607,13 +607,13 @@ def test_adapted_from_a_4_bit_bfloat16_model_is_bfloat16(tmp_path):
 
 # ------------------------------------------------------------------ exercises
 
-WRONG = {"08.1": ("def lora_size(shapes, r):\n    return sum(r * a * b for a, b in shapes)", "whole matrices"),
-         "08.2": ("def best_adapter(delta, r):\n    return delta[:r], torch.eye(len(delta))[:, :r].to(delta)", "SVD"),
-         "08.3": ("def pissa(W, r):\n    U, S, Vh = torch.linalg.svd(W, full_matrices=False)\n"
+WRONG = {"09.1": ("def lora_size(shapes, r):\n    return sum(r * a * b for a, b in shapes)", "whole matrices"),
+         "09.2": ("def best_adapter(delta, r):\n    return delta[:r], torch.eye(len(delta))[:, :r].to(delta)", "SVD"),
+         "09.3": ("def pissa(W, r):\n    U, S, Vh = torch.linalg.svd(W, full_matrices=False)\n"
                   "    A, B = Vh[-r:], U[:, -r:] * S[-r:]\n    return W - B @ A, A, B", "largest")}
 
 
-@pytest.mark.parametrize("number, empty, check, solution", exercises("08"), ids=lambda v: v if v[:2] == "08" else "")
+@pytest.mark.parametrize("number, empty, check, solution", exercises("09"), ids=lambda v: v if v[:2] == "09" else "")
 def test_exercises(number, empty, check, solution, capsys):
     space = {"torch": torch, "math": math}
     assert said(empty, check, space, capsys) == "not solved yet"

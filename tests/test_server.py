@@ -789,7 +789,7 @@ def test_an_adapter_is_merged_and_gives_its_name(small, tmp_path):
 
 # ------------------------------------------------------------------ the notebook's exercises
 
-@pytest.mark.parametrize("number, empty, check, solution", exercises("11"), ids=lambda value: value[:5])
+@pytest.mark.parametrize("number, empty, check, solution", exercises("13"), ids=lambda value: value[:5])
 def test_exercises(number, empty, check, solution, capsys, pair):
     """The empty cell is said to be unsolved, the folded solution to be correct."""
     lines = (Path(__file__).parent.parent / "nbs" / "13_server.ipynb").read_text(encoding="utf-8")
