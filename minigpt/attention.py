@@ -117,28 +117,28 @@ AttentionFunction = Callable[..., Tensor]  # (q, k, v, mask=None) -> z
 
 
 def eager_attention(q: Tensor,  # (B, H, T, D)
-                    k: Tensor,  # (B, H, S, D)
-                    v: Tensor,  # (B, H, S, D)
+                    k: Tensor,  # (B, H, S, D), or fewer heads that are
+                    v: Tensor,  # shared by as many queries each
                     mask: Tensor | None = None,  # bool, broadcast to
                                 # (B, H, T, S), besides the causal one
                     ) -> Tensor:  # (B, H, T, D)
     """What each head brings back, by attention()."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     return attention(q, k, v, mask)[0]
 
 
 def sdpa_attention(q: Tensor,  # (B, H, T, D)
-                   k: Tensor,  # (B, H, S, D)
-                   v: Tensor,  # (B, H, S, D)
-                   mask: Tensor | None = None,  # as for eager_attention
+                   k: Tensor, v: Tensor,  # as for eager_attention
+                   mask: Tensor | None = None,
                    ) -> Tensor:  # (B, H, T, D)
     """The same by torch's scaled_dot_product_attention."""
-    T, S = q.shape[2], k.shape[2]
+    T, S, gqa = q.shape[2], k.shape[2], k.shape[1] < q.shape[1]
     if T == 1 or (mask is None and T == S):  # one query may see all keys
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
-                                              is_causal=T > 1)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=T > 1, enable_gqa=gqa)
     past = causal_mask(T, S, q.device)
     allowed = past if mask is None else past & mask
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    return F.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=gqa)
 
 
 ATTENTION: dict[str, AttentionFunction] = {

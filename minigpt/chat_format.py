@@ -127,7 +127,14 @@ class ChatRenderer:
     Raises ValueError if the tokenizer lacks one of CHAT_TOKENS.
     """
 
-    def __init__(self, tokenizer: BPETokenizer, # with CHAT_TOKENS
+    def __new__(cls, tokenizer: BPETokenizer | None = None):
+        form = getattr(tokenizer, "chat", {}).get("chat_template")
+        if form in (None, CHAT_TEMPLATE):
+            return super().__new__(cls)
+        from minigpt.engine.templates import TemplateRenderer
+        return super().__new__(TemplateRenderer)  # of another family
+
+    def __init__(self, tokenizer: BPETokenizer # with CHAT_TOKENS
                  ):
         special = tokenizer.special_tokens
         missing = [name for name in CHAT_TOKENS if name not in special]
@@ -211,8 +218,7 @@ def break_marks(text: str) -> str:
 _BREAK = "".join(f" | replace('{mark}', '{mark[:2]} {mark[2:]}')"
                  for mark in CHAT_TOKENS)
 CHAT_TEMPLATE = (
-    "{{- '<|endoftext|>' -}}"
-    "{%- set ns = namespace(system='', due='user') -%}"
+    "{{- '<|endoftext|>' -}}{%- set ns = namespace(system='', due='user') -%}"
     "{%- for message in messages -%}"
     "{%- set text = message['content'] | trim" + _BREAK + " -%}"
     "{%- if message['role'] == 'system' and loop.first -%}"
@@ -223,17 +229,12 @@ CHAT_TEMPLATE = (
     " and assistant in turn') -}}"
     "{%- elif ns.due == 'user' -%}"
     "{{- '<|im_start|>user\n' + ns.system + text + '<|im_end|>\n' -}}"
-    "{%- set ns.system = '' -%}"
-    "{%- set ns.due = 'assistant' -%}"
-    "{%- else -%}"
-    "{{- '<|im_start|>assistant\n' -}}"
+    "{%- set ns.system = '' -%}{%- set ns.due = 'assistant' -%}"
+    "{%- else -%}{{- '<|im_start|>assistant\n' -}}"
     "{%- generation -%}{{- text + '<|im_end|>' -}}{%- endgeneration -%}"
-    "{{- '\n' -}}"
-    "{%- set ns.due = 'user' -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}"
-    "{{- '<|im_start|>assistant\n' -}}"
+    "{{- '\n' -}}{%- set ns.due = 'user' -%}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}"
     "{%- endif -%}")
 
 # %% ../nbs/07_chat_format.ipynb #encoder

@@ -20,6 +20,7 @@ from .attention import CausalSelfAttention
 @dataclass(frozen=True)
 class GPT2Config:
     """The shape of a GPT-2; without arguments that of OpenAI's smallest."""
+    model_type, tie_word_embeddings = "gpt2", True  # of every GPT-2
     vocab_size: int = 50257            # V ids
     block_size: int = 1024             # positions
     n_layer: int = 12                  # blocks
@@ -34,6 +35,9 @@ class GPT2Config:
     def __post_init__(self):
         from minigpt.engine.checks import check_config
         check_config(self)
+
+    n_kv_head = property(lambda self: self.n_head)  # of keys and values
+    head_dim = property(lambda self: self.n_embd // self.n_head)  # D
 
     @classmethod
     def preset(cls, name: str,  # of PRESETS
@@ -98,10 +102,10 @@ def init_weights(model: nn.Module,  # its weights are replaced
     less for what writes into the residual stream; biases 0."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            end = name.endswith("c_proj")
+            end = name.endswith(("c_proj", "o_proj", "down_proj"))
             std = 0.02 / math.sqrt(2 * n_layer) if end else 0.02
             nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear):
+        if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
 
 # %% ../nbs/03_gpt2.ipynb #gpt2
@@ -132,6 +136,10 @@ class GPT2(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.wte.weight.dtype
 
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first block, (B, T, C)."""
+        return self.drop(self.wte(ids) + self.wpe(positions))
+
     def hidden_states(self, ids: Tensor,  # (B, T)
                       cache=None,  # of earlier tokens
                       n_layer: int | None = None,  # blocks; None: all
@@ -145,7 +153,7 @@ class GPT2(nn.Module):
         else:
             positions, mask = cache.positions(T), cache.mask(T)
         try:
-            x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
+            x = self.embed(ids, positions)                    # (B, T, C)
         except IndexError:
             raise unknown_id(ids, self.config.vocab_size) from None
         for block in list(self.blocks)[:n_layer]:

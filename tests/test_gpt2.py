@@ -61,7 +61,7 @@ def test_config_there_and_back():
 
 
 @pytest.mark.parametrize("change", [
-    {"model_type": "llama"}, {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}, {"n_inner": 100},
+    {"model_type": "gpt_neox"}, {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}, {"n_inner": 100},
     {"add_cross_attention": True}, {"tie_word_embeddings": False}, {"activation_function": "relu"}, {"n_embd": None}])
 def test_variants_are_refused(change):
     name, = change

@@ -131,14 +131,19 @@ _NO_RANK = 1 << 62
 class WordEncoder:
     """Encodes single words, as BPETokenizer does.
 
-    Raises ValueError if a merge needs or makes a token without an id.
+    Bytes without a token, where that is allowed, are left out. Raises
+    ValueError if a merge needs or makes a token without an id.
     """
 
     def __init__(self, ids: Mapping[bytes, int], # token -> id
                  merges: Iterable[tuple[bytes, bytes]], # in order
+                 *, all_bytes: bool = True, # False: some may have no token
                  ):
+        self.unknown = bytes(b for b in range(256) if not all_bytes
+                             and bytes([b]) not in ids)
         try:
-            self.byte_ids = [ids[bytes([b])] for b in range(256)]
+            self.byte_ids = [-1 if b in self.unknown else ids[bytes([b])]
+                             for b in range(256)]
             self.new_ids = [ids[a + b] for a, b in merges]
             pairs = [ids[a] << BITS | ids[b] for a, b in merges]
         except KeyError as error:
@@ -150,6 +155,7 @@ class WordEncoder:
 
     def __call__(self, word: bytes) -> list[int]:
         """The ids of a word: always merge the pair of the lowest rank."""
+        word = word.translate(None, self.unknown)
         ids = [self.byte_ids[b] for b in word]
         if len(ids) > 100:
             return merge_long(ids, self.ranks, self.new_ids)
@@ -205,13 +211,14 @@ class PieceCache(dict):
     def __init__(self, encode_word: Callable[[bytes], list[int]],
                  typecode: str, # of array.array, for one id
                  limit: int = 1 << 20, # entries, before it starts afresh
+                 split: Callable[[str], list[str]] = split_words,
                  ):
         super().__init__()
         self.encode_word, self.typecode = encode_word, typecode
-        self.limit = limit
+        self.limit, self.split = limit, split
 
     def __missing__(self, piece: str) -> bytes:
-        words = split_words(piece)
+        words = self.split(piece)
         if len(words) == 1:
             ids = self.encode_word(piece.encode())
             packed = array(self.typecode, ids).tobytes()

@@ -41,8 +41,8 @@ def find_targets(model: nn.Module,
     Raises ValueError for a name that fits none, and lists those that would.
     """
     names = list(linear_layers(model))
-    if wanted == "all-linear":
-        return names
+    if wanted == "all-linear":  # as peft: but for the output layer
+        return [name for name in names if name != "lm_head"]
     if isinstance(wanted, str):
         try:
             fits = {wanted: [n for n in names if re.fullmatch(wanted, n)]}
@@ -138,7 +138,8 @@ def lora_product(base: nn.Module,  # the frozen layer
 # %% ../../nbs/engine/adapters.ipynb #config-to-peft
 def _config_to_peft(config: LoraConfig,
                     layers: Sequence[str],  # those with the adapter
-                    base_model: str | None) -> dict:
+                    base_model: str | None,
+                    kind: str) -> dict:  # the model_type
     """What peft's adapter_config.json holds."""
     listed = not isinstance(config.target_modules, str)
     targets = config.target_modules if listed else layers
@@ -146,18 +147,20 @@ def _config_to_peft(config: LoraConfig,
             "base_model_name_or_path": base_model, "inference_mode": True,
             "r": config.r, "lora_alpha": config.lora_alpha,
             "lora_dropout": config.lora_dropout, "bias": "none",
-            "target_modules": [hf_name(name) for name in targets],
-            "use_rslora": config.use_rslora, "fan_in_fan_out": True,
+            "target_modules": [hf_name(name, kind) for name in targets],
+            "use_rslora": config.use_rslora, "fan_in_fan_out": kind == "gpt2",
             "init_lora_weights": True, "modules_to_save": None}
 
 
 def _adapter_tensors(model: GPT2, name: str) -> dict[str, Tensor]:
     """An adapter's tensors under the names that peft gives them."""
-    found = {}
+    found, kind = {}, model.config.model_type
+    before = "transformer." if kind == "gpt2" else ""
     for path, layer in lora_layers(model, name).items():
         for part, kept in (("A", layer.lora_A), ("B", layer.lora_B)):
-            key = f"base_model.model.transformer.{hf_name(path)}.lora_{part}"
-            found[f"{key}.weight"] = kept[name].detach().cpu().contiguous()
+            key = f"base_model.model.{before}{hf_name(path, kind)}"
+            tensor = kept[name].detach().cpu()
+            found[f"{key}.lora_{part}.weight"] = tensor.contiguous()
     return found
 
 # %% ../../nbs/engine/adapters.ipynb #save
@@ -177,7 +180,8 @@ def save_adapter(model: GPT2, folder: str | Path,
                          f"{', '.join(adapters.configs)}")
     values = _config_to_peft(adapters.configs[name],
                              list(lora_layers(model, name)),
-                             base_model or adapters.base_model)
+                             base_model or adapters.base_model,
+                             model.config.model_type)
     with atomic_folder(folder, overwrite=overwrite) as aside:
         write_json(aside / "adapter_config.json", values)
         save_file(_adapter_tensors(model, name),

@@ -30,8 +30,8 @@ class KVCache:
         if pad is not None and pad.shape != (batch_size,):
             raise ValueError(f"pad {tuple(pad.shape)} must have one number "
                              f"for each of the {batch_size} rows")
-        D = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, S, D)
+        shape = (config.n_layer, batch_size, config.n_kv_head, S,
+                 config.head_dim)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0

@@ -10,29 +10,46 @@ from torch import Tensor
 
 # %% ../../nbs/engine/checks.ipynb #check-config
 _ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu")
+_SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 
 
-def check_config(config,  # a GPT2Config
+def check_config(config,  # a GPT2Config, or a LlamaConfig
                  ) -> None:
     """Raise ValueError if no model of this shape can be built."""
     def check(ok: bool, name: str, rule: str) -> None:
         if not ok:
             raise ValueError(f"{name}={getattr(config, name)!r} must be "
                              f"{rule}")
-    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+    gpt2 = config.model_type == "gpt2"
+    activations = _ACTIVATIONS if gpt2 else ("silu",)
+    for name in _SIZES if gpt2 else (*_SIZES, "n_kv_head", "head_dim",
+                                     "n_inner"):
         n = getattr(config, name)
         check(type(n) is int and 1 <= n <= 2**24, name,
               f"a whole number from 1 to {2**24}")
-    check(config.n_embd % config.n_head == 0, "n_embd", "a multiple of "
-          f"n_head={config.n_head}: every head gets as many channels")
+    if gpt2:
+        check(config.n_embd % config.n_head == 0, "n_embd", "a multiple of "
+              f"n_head={config.n_head}: every head gets as many channels")
+    else:
+        _check_heads(config, check)
     check(0 <= config.dropout < 1, "dropout", "at least 0 and less than 1")
-    check(config.activation in _ACTIVATIONS, "activation",
-          f"one of {', '.join(_ACTIVATIONS)}")
+    check(config.activation in activations, "activation",
+          f"one of {', '.join(activations)}")
     check(0 < config.layer_norm_epsilon < 1, "layer_norm_epsilon",
           "between 0 and 1")
     for name in ("bos_token_id", "eos_token_id"):
         check(type(getattr(config, name)) in (int, type(None)), name,
               "one id or None")
+
+
+def _check_heads(config, check) -> None:
+    check(config.n_head % config.n_kv_head == 0, "n_kv_head", "a divisor of "
+          f"n_head={config.n_head}: a head of keys serves as many queries")
+    check(config.head_dim % 2 == 0, "head_dim", "even: RoPE turns pairs")
+    check(0 < config.rope_theta < float("inf"), "rope_theta", "above 0")
+    window = config.sliding_window
+    check(window is None or type(window) is int and window > 0,
+          "sliding_window", "a number of tokens, or None")
 
 # %% ../../nbs/engine/checks.ipynb #check-lora
 def check_lora(config,  # a LoraConfig

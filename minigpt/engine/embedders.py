@@ -42,7 +42,9 @@ class ModelEmbedder:
                              f"{self.model.config.n_layer}")
         self.layer, self.name = layer, f"minigpt:{layer}"
         self.max_tokens = min(max_tokens, self.model.config.block_size)
-        used = [self.model.wte, self.model.wpe, *self.model.blocks[:layer]]
+        tables = [part for name, part in self.model.named_children()
+                  if name in ("wte", "wpe")]
+        used = [*tables, *self.model.blocks[:layer]]
         digest = hashlib.sha256()
         for weight in (p for module in used for p in module.parameters()):
             digest.update(np.ascontiguousarray(weight.detach().cpu().numpy()))

@@ -18,9 +18,9 @@ from ..bpe import BPETokenizer
 from .devices import pick_device, pick_dtype
 from .files import (
     ASSETS, atomic_folder, read_json, reading, write_json)
-from .weights import (hf_weights, int8_weights, read_weights,
-                                    write_tensors)
-from ..gpt2 import GPT2, GPT2Config, count_parts
+from .weights import (hf_weights, int8_weights, model_class,
+                                    read_weights, write_tensors)
+from ..gpt2 import GPT2, GPT2Config
 
 # %% ../../nbs/engine/hub.ipynb #config-from-hf
 _HF_FIELDS = {"vocab_size": "vocab_size", "n_positions": "block_size",
@@ -28,6 +28,7 @@ _HF_FIELDS = {"vocab_size": "vocab_size", "n_positions": "block_size",
               "resid_pdrop": "dropout", "activation_function": "activation",
               "layer_norm_epsilon": "layer_norm_epsilon",
               "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}
+_LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _INT8_TYPE = "minigpt_int8"  # of save_int8: a GPT-2, for us alone
 
 
@@ -35,13 +36,17 @@ def config_from_hf(values: dict,  # what a config.json holds
                    ) -> GPT2Config:
     """The shape that a config.json of transformers describes.
 
-    A field that is not there has GPT-2's value, but for dropout, which is
-    then 0. Raises ValueError for another architecture and for a variant that
-    this model does not compute.
+    A field that is not there has the value that transformers gives it, but
+    for dropout, which is then 0. Raises ValueError for another architecture
+    and for a variant that is not built here.
     """
+    if values.get("model_type") in _LLAMA_TYPES:
+        from minigpt.engine.llama_files import llama_config
+        return llama_config(values)
     if values.get("model_type") not in ("gpt2", _INT8_TYPE):
+        known = ", ".join(map(repr, ("gpt2", *_LLAMA_TYPES[:-1])))
         raise ValueError(f"model_type is {values.get('model_type')!r}, only "
-                         "'gpt2' is read here")
+                         f"{known} and {_LLAMA_TYPES[-1]!r} are read here")
     config = GPT2Config(**{ours: values[theirs] for theirs, ours
                            in _HF_FIELDS.items() if theirs in values})
     plain = {"scale_attn_weights": (True,), "add_cross_attention": (False,),
@@ -58,6 +63,9 @@ def config_from_hf(values: dict,  # what a config.json holds
 def config_to_hf(config: GPT2Config,  # the shape of a model
                  ) -> dict:
     """What transformers' config.json holds for this shape."""
+    if config.model_type != "gpt2":
+        from minigpt.engine.llama_files import llama_values
+        return llama_values(config)
     values = {theirs: getattr(config, ours)
               for theirs, ours in _HF_FIELDS.items()}
     for name in ("bos_token_id", "eos_token_id"):
@@ -89,8 +97,9 @@ HUB_NAMES = {name: f"openai-community/{name}" for name in
 
 def find_model(name: str | Path | None = None,  # None: the shipped one
                revision: str | None = None,  # of a model on the hub
-               ) -> Path:
-    """The folder of a model: the shipped one, one on disk, or the hub's.
+               ) -> Path:  # a folder, or a .gguf file
+    """Where a model is: the shipped one, one on disk, SmolLM2's wheel, or the
+    hub's.
 
     Raises ValueError for a name that can be none of them, FileNotFoundError
     for a model of the hub that can't be fetched.
@@ -99,11 +108,14 @@ def find_model(name: str | Path | None = None,  # None: the shipped one
         return Path(os.path.expanduser(name))
     if name is None or str(name) == SHIPPED:
         return ASSETS / SHIPPED
+    if str(name) == "smollm2" or Path(name).suffix == ".gguf":
+        from minigpt.engine.llama_files import find_gguf
+        return find_gguf(name)
     repo = HUB_NAMES.get(str(name), str(name))
     if isinstance(name, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(
             f"unknown model {str(name)!r}: give a folder that exists, "
-            f"{SHIPPED!r} (the shipped model), one of "
+            f"{SHIPPED!r} (the shipped model), 'smollm2', a .gguf file, one of "
             f"{', '.join(HUB_NAMES)}, or 'owner/name' on the hub")
     return _download_model(repo, revision)
 
@@ -144,10 +156,15 @@ def load_model(name_or_folder: str | Path | None = None,  # None: the shipped
     dtype = pick_dtype("cpu", dtype)
     place = torch.device("cpu") if device is None else pick_device(device)
     folder = find_model(name_or_folder, revision)
-    config = replace(read_config(folder), dropout=dropout)
-    weights = read_weights(folder, config, dtype)
+    if folder.suffix == ".gguf" and folder.is_file():
+        from minigpt.engine.llama_files import read_gguf_model
+        config, weights = read_gguf_model(folder, dtype)
+        config = replace(config, dropout=dropout)
+    else:
+        config = replace(read_config(folder), dropout=dropout)
+        weights = read_weights(folder, config, dtype)
     with torch.device("meta"):
-        model = GPT2(config)
+        model = model_class(config)(config)
     model.load_state_dict(weights, assign=True)
     return model.to(place).eval()
 
@@ -167,7 +184,8 @@ def load_pair(model: GPT2 | str | Path | None = None,  # None: the shipped one
         model = GPT2.from_pretrained(name, device=device)
     tokenizer = tokenizer or BPETokenizer.from_pretrained(name)
     ours, theirs = tokenizer.vocab_size, model.config.vocab_size
-    if ours != theirs:
+    padded = model.config.model_type != "gpt2"  # tables may be longer
+    if ours > theirs or ours < theirs and not padded:
         raise ValueError(
             f"the tokenizer has {ours} ids and the model {theirs}: they do "
             "not belong together, load both from one folder")
@@ -177,16 +195,19 @@ def load_pair(model: GPT2 | str | Path | None = None,  # None: the shipped one
 def _model_card(config: GPT2Config,  # the shape of a model
                 ) -> str:
     """The README.md of a saved model: what it is and how it is opened."""
-    count = sum(count_parts(config).values())
+    with torch.device("meta"):
+        parts = model_class(config)(config).parameters()
+    count, kind = sum(p.numel() for p in parts), config.model_type
+    title = {"gpt2": "GPT-2", "llama": "Llama"}.get(kind, kind.title())
     return f"""---
 license: mit
 language: en
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt2, minigpt]
+tags: [{kind}, minigpt]
 ---
 
-# A GPT-2 written by minigpt
+# A {title} written by minigpt
 
 {config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, \
 {config.vocab_size:,} tokens, {config.block_size:,} positions: \
@@ -270,8 +291,13 @@ def save_int8(model: GPT2,  # stays as it is
 
     Its model_type is one that transformers does not know and refuses: as a
     GPT-2 it would open there without an error, with random weights.
-    Raises FileExistsError if the folder holds a model, unless `overwrite`.
+    Raises FileExistsError if the folder holds a model, unless `overwrite`,
+    and ValueError for what is no GPT-2.
     """
+    if model.config.model_type != "gpt2":
+        raise ValueError("save_int8 writes a GPT-2, not "
+                         f"{model.config.model_type!r}: save_pretrained "
+                         "writes it in full")
     with atomic_folder(folder, overwrite=overwrite) as aside:
         write_json(aside / "config.json",
                    config_to_hf(model.config) | {"model_type": _INT8_TYPE})

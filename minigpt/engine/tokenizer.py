@@ -25,6 +25,7 @@ from ..deeper.fast_bpe import (BITS, PieceCache, WordEncoder,
                                      learn_merges, split_pieces)
 from .files import open_text, write_files
 from .parallel import Workers, chunked, ordered_map
+from .presplit import SPLITS
 from .vocabulary import (check_distinct, find_tokenizer,
                                        load_vocabulary, read_gpt2, readable,
                                        tiktoken_ranks, tokenizer_config,
@@ -134,6 +135,11 @@ def _encode_job(tokenizer: "Tokenizer", texts: list[str]) -> list[bytes]:
     return [tokenizer._pack(text) for text in texts]
 
 
+def _whole_word(ids: Mapping[bytes, int], encode, word: bytes) -> list[int]:
+    """The id of a word that is a token; else its ids by the merges."""
+    return [ids[word]] if word in ids else encode(word)
+
+
 def _known_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
     """Ids as a list of int; ValueError for one outside 0..vocab_size-1."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
@@ -158,16 +164,27 @@ class Tokenizer(BPETokenizer):
     def __init__(self, token_bytes: Iterable[bytes], # of each token, by id
                  merges: Iterable[tuple[bytes, bytes]], # in order
                  special_tokens: Mapping[str, int] | None = None, # name -> id
+                 split: str = "gpt2", # how text is cut, one of SPLITS
+                 chat: Mapping[str, str] | None = None, # chat_template, and
+                 # bos_token and eos_token, which it may use
                  ):
         super().__init__(token_bytes, merges, special_tokens)
+        self.split, self.chat = split, dict(chat or {})
         self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        typecode = "H" if self.dtype == np.uint16 else "I"
+        encode = WordEncoder(self._ids, self.merges,
+                             all_bytes=split == "gpt2")
+        if split == "gpt2":
+            self._cut, self._cache = split_pieces, PieceCache(encode, typecode)
+            return
+        self._cut, whole = SPLITS[split], SPLITS[split].whole_first
         self._cache = PieceCache(
-            WordEncoder(self._ids, self.merges),
-            "H" if self.dtype == np.uint16 else "I")
+            partial(_whole_word, self._ids, encode) if whole else encode,
+            typecode, split=lambda word: [word])
 
     def __reduce__(self) -> tuple:  # copies and other processes get these
         return type(self), (self.token_bytes, self.merges,
-                            self.special_tokens)
+                            self.special_tokens, self.split, self.chat)
 
     @property
     def vocab(self) -> list[str]:
@@ -217,14 +234,14 @@ class Tokenizer(BPETokenizer):
             raise TypeError("text must be str, got "
                             f"{type(text).__name__}{hint}")
         pieces = [text]
-        if len(text) > 1 << 20:
+        if len(text) > 1 << 20 and self.split == "gpt2":
             starts = range(0, len(text), 1 << 20)
             pieces = _cut_safely(text[i:i + (1 << 20)] for i in starts)
         return b"".join(map(self._pack_piece, pieces))
 
     def _pack_piece(self, text: str) -> bytes:
         try:
-            return b"".join(map(self._cache.__getitem__, split_pieces(text)))
+            return b"".join(map(self._cache.__getitem__, self._cut(text)))
         except UnicodeEncodeError:  # half of a surrogate pair
             return self._pack_piece(_utf8(text))
 
@@ -306,7 +323,8 @@ class Tokenizer(BPETokenizer):
         """Load a tokenizer.
 
         name: None or "minigpt-chat" (the one that ships), "gpt2" (ships
-          too, for all four sizes), a folder, or a name on the hub.
+          too, for all four sizes), "smollm2" (see minigpt.engine.llama_files),
+          a folder, a .gguf file, or a name on the hub.
         Raises FileNotFoundError for an unknown name.
         """
         return cls(*load_vocabulary(find_tokenizer(name, revision)))
@@ -332,11 +350,17 @@ class Tokenizer(BPETokenizer):
 
     def save_gpt2(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write encoder.json and vocab.bpe, as GPT-2 has, into a folder."""
+        self._needs_gpt2_split()
         model = tokenizer_json(self)["model"]
         lines = ["#version: 0.2", *map(" ".join, model["merges"]), ""]
         write_files(folder, {"encoder.json": json.dumps(model["vocab"]),
                              "vocab.bpe": "\n".join(lines)},
                     overwrite=overwrite)
+
+    def _needs_gpt2_split(self) -> None:
+        if self.split != "gpt2":
+            raise ValueError(f"a tokenizer with the split {self.split!r} can "
+                             "only be saved by save_pretrained")
 
     def to_tiktoken(self, name: str = "minigpt"):
         """A tiktoken.Encoding with the same ids.
@@ -344,6 +368,7 @@ class Tokenizer(BPETokenizer):
         Raises ValueError if ids don't grow with the merges.
         """
         import tiktoken
+        self._needs_gpt2_split()
         return tiktoken.Encoding(name, pat_str=GPT2_SPLIT,
                                  mergeable_ranks=tiktoken_ranks(self),
                                  special_tokens=self.special_tokens)

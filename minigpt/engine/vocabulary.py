@@ -16,6 +16,7 @@ from pathlib import Path
 from ..bpe import BPETokenizer, bytes_to_unicode
 from .files import (
     ASSETS, own_first, read_json, read_text, reading)
+from .presplit import SPLITS, find_split, split_json
 
 # %% ../../nbs/engine/vocabulary.ipynb #visible
 _VISIBLE = bytes_to_unicode()
@@ -75,30 +76,46 @@ def parse_vocabulary(vocab: Mapping[str, int], merges: Iterable,
 
 # %% ../../nbs/engine/vocabulary.ipynb #read-json
 def read_tokenizer_json(path: str | Path) -> tuple:
-    """Tokens, merges and special tokens of HF tokenizers' tokenizer.json.
+    """Tokens, merges, special tokens and split of HF tokenizers'
+    tokenizer.json.
 
     Raises ValueError if it asks for what would give other ids here.
     """
     spec = read_json(path, dict)
-    model, pre = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
+    model, split = spec.get("model") or {}, find_split(spec)
     odd = [f"model.{name}" for name in
            ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
             "byte_fallback") if model.get(name)]
-    if spec.get("normalizer"):
-        odd.append("normalizer")
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         odd.append(f"model type {model.get('type')!r}")
-    if (pre.get("type") != "ByteLevel" or pre.get("add_prefix_space")
-            or not pre.get("use_regex", True)):
-        odd.append(f"pre_tokenizer {json.dumps(pre)[:60]}")
+    if split is None:
+        odd += [f"{name} {json.dumps(spec[name])[:60]}" for name in
+                ("normalizer", "pre_tokenizer") if spec.get(name)]
+        odd = odd or ["no pre_tokenizer"]
     if odd:
         raise ValueError(f"{str(path)!r} has {'; '.join(odd)}: only byte-"
-                         "level BPE with GPT-2's split pattern is read here")
+                         "level BPE with the split pattern of GPT-2, Llama "
+                         "3, Qwen2 or SmolLM2 is read here")
     added = {token["content"]: token["id"]
              for token in spec.get("added_tokens") or []}
-    return parse_vocabulary(model["vocab"], model["merges"], added)
+    found = parse_vocabulary(model["vocab"], model["merges"], added)
+    return *found, split
 
 # %% ../../nbs/engine/vocabulary.ipynb #read-gpt2
+def read_chat(folder: Path) -> dict[str, str]:
+    """The chat template of a folder, and the tokens that it may use."""
+    path, found = folder / "tokenizer_config.json", {}
+    values = read_json(path, dict) if path.is_file() else {}
+    for name in ("chat_template", "bos_token", "eos_token"):
+        value = values.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            found[name] = value
+    if (folder / "chat_template.jinja").is_file():
+        found["chat_template"] = read_text(folder / "chat_template.jinja")
+    return found if "chat_template" in found else {}
+
+
 GPT2_FILES = [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")]
 
 
@@ -112,10 +129,15 @@ def read_gpt2(encoder_json: str | Path, vocab_bpe: str | Path) -> tuple:
 # %% ../../nbs/engine/vocabulary.ipynb #load
 def load_vocabulary(folder: Path  # of a tokenizer
                     ) -> tuple:
-    """Tokens, merges and special tokens from a folder, in either form."""
+    """What a Tokenizer is made of, from a folder in either form, or from a
+    GGUF file: tokens, merges, special tokens, split and chat."""
+    if folder.suffix == ".gguf" and folder.is_file():
+        from minigpt.engine.llama_files import read_gguf_tokenizer
+        return read_gguf_tokenizer(folder)
     if (folder / "tokenizer.json").is_file():
         with reading(folder / "tokenizer.json"):
-            return read_tokenizer_json(folder / "tokenizer.json")
+            found = read_tokenizer_json(folder / "tokenizer.json")
+        return *found, read_chat(folder)
     for names in GPT2_FILES:
         if (folder / names[0]).is_file():
             with reading(folder / names[0]):
@@ -139,12 +161,17 @@ def find_tokenizer(name: str | Path | None,  # None: the shipped one
             "gpt2" if name in GPT2_NAMES else name))
     if Path(os.path.expanduser(name)).is_dir():
         return Path(os.path.expanduser(name))
+    if str(name) == "smollm2" or Path(name).suffix == ".gguf":
+        from minigpt.engine.llama_files import find_gguf
+        return find_gguf(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise FileNotFoundError(
             f"no tokenizer {str(name)!r}: give a folder, 'minigpt-chat', "
-            "'gpt2', or a hub name such as 'openai-community/gpt2'")
+            "'gpt2', 'smollm2', a .gguf file, or a hub name such as "
+            "'openai-community/gpt2'")
     from huggingface_hub import snapshot_download
-    wanted = ["tokenizer.json", *GPT2_FILES[0], *GPT2_FILES[1]]
+    wanted = ["tokenizer.json", "tokenizer_config.json",
+              "chat_template.jinja", *GPT2_FILES[0], *GPT2_FILES[1]]
     try:
         return Path(snapshot_download(str(name), revision=revision,
                                       allow_patterns=wanted))
@@ -175,20 +202,21 @@ def tokenizer_json(vocabulary: BPETokenizer  # what is written
     names = {i: name for name, i in vocabulary.special_tokens.items()}
     check_distinct(names.values(), (token for i, token in enumerate(
         vocabulary.token_bytes) if i not in names))
-    level = {"type": "ByteLevel", "add_prefix_space": False,
+    level = {"type": "ByteLevel", "add_prefix_space": True,
              "trim_offsets": True, "use_regex": True}
+    split = getattr(vocabulary, "split", "gpt2")
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [
             {"id": i, "content": name, "single_word": False, "lstrip": False,
              "rstrip": False, "normalized": False, "special": True}
             for i, name in sorted(names.items())],
-        "normalizer": None, "pre_tokenizer": level, "post_processor": None,
-        "decoder": level | {"add_prefix_space": True},
+        **split_json(split), "post_processor": None, "decoder": level,
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None,
             "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": SPLITS[split].whole_first,
             "vocab": {names.get(i) or to_visible(token): i
                       for i, token in enumerate(vocabulary.token_bytes)},
             "merges": [[to_visible(a), to_visible(b)]
@@ -208,7 +236,7 @@ def tokenizer_config(vocabulary: BPETokenizer  # what is written
                    ("bos_token", "eos_token", "pad_token")}
     if set(CHAT_TOKENS) <= names:
         config |= {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
-    return config
+    return config | getattr(vocabulary, "chat", {})
 
 # %% ../../nbs/engine/vocabulary.ipynb #ranks
 def tiktoken_ranks(vocabulary: BPETokenizer  # what is written
