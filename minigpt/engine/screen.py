@@ -20,7 +20,8 @@ from .console import printable
 # %% ../../nbs/engine/screen.ipynb #consoles-1
 def screen() -> Console:
     """The terminal; texts are shown as they are, without rich's markup."""
-    return Console(markup=False, highlight=False, emoji=False)
+    return Console(markup=False, highlight=False, emoji=False,
+                   force_jupyter=False)
 
 
 def recorded(width: int = 76  # columns
@@ -28,7 +29,8 @@ def recorded(width: int = 76  # columns
     """A terminal that only keeps what it is shown (`export_html`)."""
     return Console(markup=False, highlight=False, emoji=False, record=True,
                    file=io.StringIO(), force_terminal=True, width=width,
-                   color_system="standard", legacy_windows=False)
+                   color_system="standard", legacy_windows=False,
+                   force_jupyter=False)
 
 
 def is_plain(console: Console) -> bool:
