@@ -62,6 +62,8 @@ def keyboard(names: Iterable[str], history: Path | None) -> Iterator[None]:
     readline.set_completer_delims("")
     mac = "libedit" in (readline.__doc__ or "")
     readline.parse_and_bind("bind ^I rl_complete" if mac else "tab: complete")
+    if not mac:
+        readline.parse_and_bind("set show-all-if-ambiguous on")
     if history is not None:
         with suppress(OSError):
             readline.read_history_file(history)

@@ -365,8 +365,7 @@ def chat_loop(session,                     # a ChatSession
 def _show_last(session, console: Console) -> None:
     """Where a conversation that goes on was left."""
     text, answer = session.exchanges[-1]
-    say(console, f"[Going on after {len(session.exchanges)} exchanges.]",
-        style="dim")
+    say(console, "[Going on with the last conversation.]", style="dim")
     say(console, f"you     > {printable(text)}")
     show_pieces(console, [answer])
 
