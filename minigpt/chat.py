@@ -126,7 +126,7 @@ class ChatSession:
         """What no two sessions share."""
         from minigpt.engine.turns import TurnLock
         self.exchanges, self.last, self.finish_reason = [], None, None
-        self.forgotten, self._attempt, self._turns = 0, 0, TurnLock()
+        self.forgotten, self._attempt, self._turn = 0, 0, TurnLock()
 
     def use(self, decoder) -> None:
         """Answer with a decoder's weights from now on."""
@@ -141,12 +141,12 @@ class ChatSession:
     @messages.setter
     def messages(self, messages: Sequence[dict]) -> None:
         system, exchanges = as_exchanges(messages)
-        with self._turns:
+        with self._turn:
             self.system, self.exchanges, self.last = system, exchanges, None
 
     def reset(self) -> None:
         """Forget all exchanges; the system text stays."""
-        with self._turns:
+        with self._turn:
             self.exchanges, self.last = [], None
 
     def options(self) -> Options:
@@ -169,7 +169,7 @@ class ChatSession:
         """Say something; the answer piece by piece. Raises as `fit`."""
         self.fit(text)
         self.options()
-        return self._answer(text, self._turns.cancelled)
+        return self._answer(text, self._turn.cancelled)
 
     def reply(self, text: str) -> str:
         """Say something; the whole answer."""
@@ -179,11 +179,11 @@ class ChatSession:
         """Another answer to the last message, in place of the old one."""
         if not self.exchanges:
             raise ValueError("nothing was said yet: say something first")
-        return self._answer(None, self._turns.cancelled)
+        return self._answer(None, self._turn.cancelled)
 
     def stop(self) -> None:
         """End all answers begun so far, after their next token at most."""
-        self._turns.cancel()
+        self._turn.cancel()
 
     def fork(self) -> "ChatSession":
         """An empty session with the same settings and weights."""
@@ -194,7 +194,7 @@ class ChatSession:
 
     def _answer(self, text: str | None,  # None: the last one, once more
                 cancelled) -> Iterator[str]:
-        with self._turns:
+        with self._turn:
             if cancelled.is_set():                         # while it waited
                 self.finish_reason = "cancelled"
                 return
