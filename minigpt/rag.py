@@ -246,13 +246,18 @@ class RAG:
         """What a chat model is told, and the passages in it: as many as
         fit; the bare question and [] if there is none."""
         from minigpt.engine.answers import plain
-        hits, _ = self.look_up(question, earlier)
+        hits = self.look_up(question, earlier)[0] if terms(question) else []
         while hits:
             told = reading_prompt(question, [plain(h.text) for h in hits])
             if fits(told):
                 return told, hits
             hits = hits[:-1]
         return question, []
+
+    def cite(self, answer: str, hits: Sequence[Hit]) -> list:
+        """The citations of an answer, from the passages that were read."""
+        from minigpt.engine.answers import cite
+        return cite(answer, hits)
 
     def ask(self, question: str, earlier: Sequence[str] = ()):
         """Answer from the passages, or say that they don't.

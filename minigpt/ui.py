@@ -24,16 +24,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import ipywidgets as widgets
 import torch
 
 from .engine.files import ASSETS
-from .chat import (ChatSession, as_messages, parse_transcript,
-                          transcript)
+from .chat import ChatSession, as_messages
+from .engine.sessions import AdapterCache, as_source
+from .engine.transcripts import parse_transcript, transcript
 from .engine.vote_ui import BUTTONS, vote_tab
 from .generation import process
+
+if TYPE_CHECKING:
+    from minigpt.engine.ballots import Match, Votes
 
 # %% ../nbs/12_ui.ipynb #bubble
 SIDES = {"user": "margin-left:18%;background:rgba(33,130,240,.22)",
@@ -88,7 +93,7 @@ def chances(logits: torch.Tensor, ids: list[int], step: int,
 
     ids: all that was read, its last `step` tokens drawn.
     """
-    options = session.drawing(1)
+    options = session.options()
     logits = process(options.chain(), [ids], logits, step)[0]
     if options.temperature:
         return logits.softmax(-1)
@@ -167,8 +172,10 @@ def sources_html(session: ChatSession) -> str:
 
     What the answer cites is marked, and open.
     """
-    rows, cited = "", {c.number: c for c in session.citations}
-    for number, hit in enumerate(session.hits, 1):
+    if session.last is None:
+        return ""
+    rows, cited = "", {c.number: c for c in session.last.citations}
+    for number, hit in enumerate(session.last.hits, 1):
         where = ", ".join(filter(None, (hit.source, hit.heading, hit.place)))
         text, opened = escape(hit.text), ""
         if number in cited:
@@ -374,7 +381,8 @@ class ChatWidget(widgets.VBox):
             messages, told = read_upload(data, name)
         except ValueError as error:
             return self.page.tell(str(error))
-        self._change(lambda: self.session.resume(messages), told)
+        self._change(lambda: setattr(self.session, "messages", messages),
+                     told)
 
     def wait(self) -> None:
         """Until the answer is there (for programs)."""
@@ -445,15 +453,19 @@ def interrupt(session: ChatSession, act: Callable[[], object]) -> None:
 class Visitors:
     """A ChatSession for everyone who talks, from page to goodbye.
 
-    first: the session whose siblings they get. limit: how many there may
+    first: the session that theirs are forks of. limit: how many there may
     be. When it is reached, whoever was silent longest has to go if that is
     `patience` seconds or more; otherwise the newcomer is refused.
+    adapter: the folder of the one that all begin with.
     """
 
     def __init__(self, first: ChatSession, limit: int = 32,
-                 patience: float = 600):
+                 patience: float = 600, adapter: str | Path | None = None):
         if limit < 1:
             raise ValueError(f"visitors={limit}: let at least 1 person talk")
+        self.adapters = AdapterCache(first.decoder)
+        first.use(self.adapters.decoder(adapter))
+        self.begin = {"adapter": adapter, "documents": first.source}
         self.first, self.limit, self.patience = first, limit, patience
         self._here: dict[str, tuple[ChatSession, Path, dict]] = {}
         self._heard: dict[str, float] = {}                 # oldest first
@@ -476,8 +488,14 @@ class Visitors:
         """
         session, _, chosen = self._of(name)
         if chosen.get(kind) != choice:
-            interrupt(session, lambda: setattr(session, kind, value))
+            interrupt(session, lambda: self._plug(session, kind, value))
             chosen[kind] = choice
+
+    def _plug(self, session: ChatSession, kind: str, value) -> None:
+        if kind == "adapter":
+            session.use(self.adapters.decoder(value))
+        else:
+            session.source = as_source(value)
 
     def asks(self, name: str | None) -> threading.Event:
         """What `stop` will set, for a message that waits in a queue."""
@@ -503,7 +521,7 @@ class Visitors:
             if name not in self._here:
                 self._make_room()
                 folder = Path(self._files.name) / secrets.token_hex(8)
-                self._here[name] = self.first.sibling(), folder, {}
+                self._here[name] = self.first.fork(), folder, {}
             self._heard.pop(name, None)
             self._heard[name] = time.monotonic()
             return self._here[name]
@@ -646,7 +664,7 @@ def file_choice(visitors: Visitors, kind: str, given: dict,
     """
     import gradio as gr
     now = [name for name, value in given.items()
-           if value is getattr(visitors.first, kind)]
+           if value is visitors.begin[kind]]
     box = gr.Dropdown(["none", *given], value=(now or ["none"])[0],
                       label=kind.capitalize())
 
@@ -766,7 +784,7 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
         session, path = visitors.session(request.session_hash), Path(file)
         messages, note = read_upload(path.read_bytes(), path.name)
         visitors.stop(request.session_hash)
-        interrupt(session, lambda: session.resume(messages))
+        interrupt(session, lambda: setattr(session, "messages", messages))
         return as_shown(session.exchanges), foot(session, note)
 
     with gr.Row():
@@ -793,10 +811,12 @@ def chat_tab(visitors: Visitors, adapters: dict, documents: dict,
 
 # %% ../nbs/12_ui.ipynb #duel
 def duel(session: ChatSession, systems: dict[str, dict],
-         names: Sequence[str], prompt: str) -> "Match":
+         names: Sequence[str], prompt: str,
+         adapters: AdapterCache | None = None) -> "Match":
     """What two systems answer to a prompt.
 
-    systems: {name: attributes of a session}; names: the two that answer.
+    systems: {name: attributes of a session, or with `adapters` also the
+    folder of an "adapter"}; names: the two that answer.
     """
     from minigpt.engine.ballots import Match
     if len(set(names)) < 2:
@@ -804,8 +824,10 @@ def duel(session: ChatSession, systems: dict[str, dict],
                          "two")
     said = {}
     for name in names:
-        one = session.sibling()
-        for key, value in systems[name].items():
+        one, settings = session.fork(), dict(systems[name])
+        if adapters is not None:
+            one.use(adapters.decoder(settings.pop("adapter", None)))
+        for key, value in settings.items():
             setattr(one, key, value)
         said[name] = one.reply(prompt)
     return Match(f"{prompt[:80]} #{secrets.token_hex(4)}", prompt, said)
@@ -854,7 +876,8 @@ def duel_tab(visitors: Visitors, systems: dict[str, dict],
 
     @told
     def ask(text: str, name: str, *names: str) -> list:
-        match = duel(visitors.first, systems, names, text)
+        match = duel(visitors.first, systems, names, text,
+                     visitors.adapters)
         made = Ballot([match], votes, name.strip())
         pair = made.current()
         return [made, pair.left, pair.right, "", *press]
@@ -911,14 +934,16 @@ def queue_in_turn(page, waiting: int):
 
 # %% ../nbs/12_ui.ipynb #gradio-app
 def gradio_app(session: ChatSession | None = None, *,
-               adapters: Sequence[str | Path] = (), card: str | None = None,
+               adapters: Sequence[str | Path] = (),
+               adapter: str | Path | None = None, card: str | None = None,
                votes: str | Path = "minigpt-votes.jsonl",
                matches: Sequence["Match"] = (), uploads: bool = True,
                visitors: int = 32, waiting: int = 32):
     """A page to chat, to ask documents, and to compare systems.
 
-    session: what all visitors begin with (its adapter and documents may be
-      chosen again); None: the shipped model's. adapters: more folders.
+    session: what all visitors begin with (its documents may be chosen
+      again); None: the shipped model's. adapters: folders to choose from,
+      and adapter: the one to begin with.
     card: Markdown of the last tab; None: the shipped model's card.
     votes: the file for votes; matches: answers to vote on, if there are.
     uploads: whether visitors may bring files. visitors: how many may talk;
@@ -930,14 +955,14 @@ def gradio_app(session: ChatSession | None = None, *,
     if waiting < 1:
         raise ValueError(f"waiting={waiting}: let at least 1 message wait")
     first = session or ChatSession()
-    folders = [first.adapter, *adapters] if first.adapter else adapters
+    folders = [adapter, *adapters] if adapter else adapters
     given = {f"{Path(f).name}{f' ({n})' * (n > 1)}": f
              for n, f in enumerate(folders, 1)}
-    named = {"given documents": first.documents} if first.documents else {}
+    named = {"given documents": first.source} if first.source else {}
     systems = {f"{name}, {how}": {"adapter": folder, "temperature": t}
                for name, folder in [("plain model", None), *given.items()]
                for how, t in (("greedy", 0), ("temperature 0.7", 0.7))}
-    here = Visitors(first, visitors)
+    here = Visitors(first, visitors, adapter=adapter)
     with gr.Blocks(title="minigpt", analytics_enabled=False,
                    delete_cache=(600, 3600)) as page:
         gr.Markdown("# minigpt\nA small language model that is often wrong.")

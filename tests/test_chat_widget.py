@@ -11,7 +11,8 @@ from browsers import BROWSER, contrast, jupyter_lab, launch, run_all_cells
 
 from minigpt import ui
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.chat import ChatSession, read_messages, transcript
+from minigpt.chat import ChatSession, as_messages
+from minigpt.engine.transcripts import read_messages, transcript
 from minigpt.generation import generate
 from minigpt.gpt2 import GPT2, GPT2Config
 
@@ -293,7 +294,7 @@ def test_the_shown_chances_are_those_of_drawing(small, settings, ledger):
     assert worst < 1e-5
     if settings["repetition_penalty"] == 1:
         from dataclasses import replace
-        once = replace(session.drawing(1), seed=0, stop_ids=())
+        once = replace(session.options(), max_new_tokens=1, seed=0, stop_ids=())
         draws = generate(small[0], [session.last.prompt_ids + said[:place]] * 500, once)
         for token, _, chance in rows[:3]:
             share = sum(d.ids == [token] for d in draws) / 500
@@ -310,7 +311,7 @@ def test_greedy_chances_are_one_and_zero(small):
         with pytest.raises(ValueError, match=f"place={bad}"):
             ui.next_tokens(session, bad)
     with pytest.raises(ValueError, match="no answer yet"):
-        ui.next_tokens(session.sibling())
+        ui.next_tokens(session.fork())
 
 
 @pytest.mark.parametrize("evil", ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</div></div>a&lt;b",
@@ -334,7 +335,7 @@ def test_texts_cannot_become_html(small, evil):
     session = ChatSession(*small, max_new_tokens=4)
 
     def shown(text):
-        session.system, session.exchanges = text, [(text, text)]
+        session.messages = as_messages(text, [(text, text)])
         widget = ui.ChatWidget(session)
         widget.page.tell(text)
         return Parser(widget._repr_mimebundle_()["text/html"] + widget.page.past.value + widget.page.note.value)
@@ -366,8 +367,7 @@ def test_a_widget_says_what_it_cannot_do(small):
 def test_a_failure_while_answering_is_shown(small):
     session = ChatSession(*small, max_new_tokens=5)
     widget = ui.ChatWidget(session)
-    session.adapter                                    # a session whose decoder fails
-    session._decoder.start = lambda prompts, room=0: 1 / 0
+    session.decoder.start = lambda prompts, room=0: 1 / 0  # a session whose decoder fails
     widget.send("Hello")
     widget.wait()
     assert "ZeroDivisionError" in widget.page.note.value and session.messages == [] and not widget.busy

@@ -17,7 +17,8 @@ from command_line import minigpt as in_process
 from command_line import one_line
 
 import minigpt
-from minigpt.engine import cli, terminal
+from minigpt.engine import cli, keyboard, terminal, transcripts
+from minigpt.engine.sessions import AdapterCache, as_source
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import ChatSession
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -45,6 +46,13 @@ def small_folder(tmp_path_factory) -> Path:
     config = GPT2Config.preset("nano", vocab_size=20000, block_size=256, n_layer=2, n_head=2, n_embd=32)
     GPT2(config).eval().save_pretrained(folder, Tokenizer.from_pretrained())
     return folder
+
+
+@pytest.fixture(autouse=True)
+def chats(tmp_path_factory, monkeypatch) -> Path:
+    """Where conversations are kept: not among those of who runs the tests."""
+    monkeypatch.setenv("MINIGPT_CHATS", str(tmp_path_factory.mktemp("kept") / "chats"))
+    return transcripts.chats_folder()
 
 
 # ------------------------------------------------------------------ as a process
@@ -197,8 +205,8 @@ def test_a_bug_shows_its_traceback(small_folder, monkeypatch):
 
 
 def test_a_bug_of_a_process_ends_with_1():
-    code = ("import sys, minigpt.chat; from minigpt.engine.cli import main\n"
-            "minigpt.chat.check_text = lambda text: text.nothing\nsys.argv = ['minigpt', 'chat', 'Hi']\nmain()")
+    code = ("import sys, minigpt.engine.turns; from minigpt.engine.cli import main\n"
+            "minigpt.engine.turns.check_text = lambda text: text.nothing\nsys.argv = ['minigpt', 'chat', 'Hi']\nmain()")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment())
     assert done.returncode == 1 and b"Traceback" in done.stderr and b"AttributeError" in done.stderr
 
@@ -218,7 +226,7 @@ def test_debug_shows_where_it_came_from():
 def test_options_repeat_the_sessions_defaults():
     session = inspect.signature(ChatSession).parameters
     for name, parameter in inspect.signature(cli._chat).parameters.items():
-        if name != "prompt":
+        if name not in ("prompt", "adapter", "documents", "resume", "log"):
             assert parameter.default == session[name].default, name
 
 
@@ -432,7 +440,7 @@ def test_commands_for_adapters_and_documents(commands, small_folder, tmp_path):
     save_adapter(apply_lora(model, LoraConfig(r=2)), tmp_path / "my adapter")
     (tmp_path / "my notes").mkdir()
     (tmp_path / "my notes" / "a.md").write_text("# Harbor\n\nThe \x1b[2J ferry leaves at seven.", encoding="utf-8")
-    session = commands._session
+    session, plain = commands._session, commands._session.model
     assert commands("/adapter") == "Adapter: none" and commands("/docs") == "Documents: none"
     assert commands(f"/adapter {tmp_path / 'my adapter'}") == f"Adapter: {tmp_path / 'my adapter'}"
     assert commands(f"/docs {tmp_path / 'my notes'}").startswith("Documents: Index(1 passage")
@@ -443,9 +451,9 @@ def test_commands_for_adapters_and_documents(commands, small_folder, tmp_path):
     for bad, names in (("/adapter nowhere", "'nowhere'"), ("/docs nowhere", "nowhere")):
         with pytest.raises(FileNotFoundError, match=names):
             commands(bad)
-    assert session.hits and session.adapter
+    assert session.last.hits and session.model is not plain
     commands("/docs -"), commands("/adapter -")
-    assert session.documents is None and session.adapter is None
+    assert session.source is None and session.model is plain
     session.reply("When does the ferry leave?")
     assert commands("/sources").startswith("No passages") and terminal._cited(session) == ""
 
@@ -456,9 +464,9 @@ def test_an_answer_in_a_pipe_names_its_sources_apart(tmp_path):
                                         "The ferry to the island leaves every morning at seven.\n", encoding="utf-8")
     question = "When does the ferry leave?"
     out, err = in_process("chat", question, "--temperature", "0", "--docs", tmp_path)
-    session = ChatSession(temperature=0, documents=tmp_path)
+    session = ChatSession(temperature=0, source=as_source(tmp_path))
     assert out == session.reply(question) + "\n"
-    assert err == f"[1] harbor.md, Ferry, {session.citations[0].place}\n"
+    assert err == f"[1] harbor.md, Ferry, {session.last.citations[0].place}\n"
 
 
 def test_save_and_load_ask_before_anything_is_lost(commands, tmp_path):
@@ -487,7 +495,7 @@ def test_a_system_text_that_is_too_long_is_not_taken(commands):
     commands("/system Be kind.")
     with pytest.raises(ValueError, match="the system text needs .* tokens"):
         commands("/system " + "word " * 300)
-    assert session.system == "Be kind." and session.prompt("Hi")
+    assert session.system == "Be kind." and session.fit("Hi")
 
 
 def typed(*keys):
@@ -519,7 +527,7 @@ def test_an_unsaved_talk_is_left_only_twice(leave, small_folder, tmp_path, capsy
 
 def test_a_bug_in_a_talk_shows_its_traceback_and_loses_nothing(small_folder, monkeypatch, capsys):
     session = ChatSession(small_folder, seed=1, max_new_tokens=4)
-    monkeypatch.setattr(terminal.Commands, "temp", lambda self, text: text.nothing)
+    monkeypatch.setattr(terminal.Commands, "do_temp", lambda self, text: text.nothing)
     terminal.chat_loop(session, typed("/temp 1", "/load nowhere.json", "Hi", EOFError, EOFError))
     err = capsys.readouterr().err
     assert "Traceback" in err and "AttributeError" in err and "\nminigpt: nowhere.json: No such file or directory\n" in err
@@ -530,11 +538,111 @@ def test_messages_of_several_lines():
     def reading(*lines):
         waiting = iter(lines)
         return lambda prompt: next(waiting)
-    assert terminal._read_message(reading("one")) == "one"
-    assert terminal._read_message(reading('"""a', "", 'b"""')) == "a\n\nb"
-    assert terminal._read_message(reading('"""', "a", '"""')) == "a"
-    assert terminal._read_message(reading('"""a"""')) == "a"
-    assert terminal._read_message(typed('"""a', "b", KeyboardInterrupt)) == ""      # Ctrl-C forgets the lines, and stays
+    assert keyboard.read_message(reading("one")) == "one"
+    assert keyboard.read_message(reading('"""a', "", 'b"""')) == "a\n\nb"
+    assert keyboard.read_message(reading('"""', "a", '"""')) == "a"
+    assert keyboard.read_message(reading('"""a"""')) == "a"
+    assert keyboard.read_message(typed('"""a', "b", KeyboardInterrupt)) == ""      # Ctrl-C forgets the lines, and stays
+
+
+# ------------------------------------------------------------------ what is kept, and gone on with
+
+def test_a_conversation_at_the_keyboard_is_kept(small_folder, chats, tmp_path, capsys):
+    """As it grows, in one file; a conversation that was forgotten or left for another one keeps its file."""
+    session = ChatSession(small_folder, seed=1, max_new_tokens=4)
+    commands = terminal.Commands(session, typed(), log=transcripts.ChatLog())
+    assert transcripts.last_conversation() is None
+    once = typed("Hi", "/help", "Bye", EOFError, "never read")
+    terminal.chat_loop(session, once, commands=commands)
+    said = session.messages
+    assert once.left() == ["never read"] and "not saved" not in capsys.readouterr().out
+    assert [transcripts.read_messages(path) for path in chats.iterdir()] == [said]
+    if sys.platform != "win32":
+        assert chats.stat().st_mode & 0o077 == 0               # nobody else's business
+    terminal.chat_loop(session, typed("/undo", EOFError), commands=commands)
+    assert transcripts.read_messages(transcripts.last_conversation()) == said[:2]
+    (tmp_path / "other.json").write_text(transcripts.transcript(said), encoding="utf-8")
+    terminal.chat_loop(session, typed("/reset", "New", f"/load {tmp_path / 'other.json'}", "More", EOFError), commands=commands)
+    assert sorted(len(transcripts.read_messages(path)) for path in chats.iterdir()) == [2, 2, 6]
+
+
+def test_what_cannot_be_kept_is_told_once(small_folder, chats, capsys):
+    chats.parent.mkdir(exist_ok=True)
+    chats.write_text("a file where the folder should be", encoding="utf-8")
+    session = ChatSession(small_folder, seed=1, max_new_tokens=4)
+    commands = terminal.Commands(session, typed(), log=transcripts.ChatLog())
+    terminal.chat_loop(session, typed("Hi", "Bye", EOFError, EOFError), commands=commands)
+    shown = capsys.readouterr()
+    assert shown.err.count("minigpt: ") == 1 and str(chats) in shown.err and "not saved: /save FILE" in shown.out
+    assert len(session.exchanges) == 2
+
+
+def test_continue_goes_on_with_the_last_conversation(small_folder, chats):
+    """The answer is the one that a session gives which begins with these messages; the file grows by it."""
+    assert "no conversation to go on with" in one_line("chat", "Hi", "--continue")
+    in_process("chat", "Hi", "--model", small_folder)
+    assert not chats.exists()                                  # a single message is not kept
+    said = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "One"}, {"role": "assistant", "content": "1"}]
+    transcripts.ChatLog().keep(said[1:])
+    transcripts.ChatLog().keep(said)
+    session = ChatSession(small_folder, seed=3, max_new_tokens=5)
+    session.messages = said
+    flags = ["--model", small_folder, "--seed", "3", "--max-new-tokens", "5"]
+    out, _ = in_process("chat", "Two", "-c", "--no-log", *flags)
+    assert out == session.reply("Two") + "\n" and transcripts.read_messages(transcripts.last_conversation()) == said
+    assert in_process("chat", "Two", "--continue", *flags)[0] == out
+    assert transcripts.read_messages(transcripts.last_conversation()) == session.messages
+    in_process("chat", "Three", "-c", "--system", "Be brief.", *flags)
+    assert transcripts.read_messages(transcripts.last_conversation())[0] == {"role": "system", "content": "Be brief."}
+    transcripts.last_conversation().write_text("{", encoding="utf-8")
+    assert "no transcript" in one_line("chat", "Hi", "-c")
+
+
+# ------------------------------------------------------------------ the keyboard and the screen
+
+def test_tab_completes_commands_and_files(tmp_path, monkeypatch):
+    names = ["save", "system", "sources", "load", "docs", "temp"]
+    assert keyboard._completions("/s", names) == ["/save ", "/system ", "/sources "]
+    assert keyboard._completions("/nope", names) == keyboard._completions("Tell me", names) == []
+    for name in ("talk one.json", "talk[2].json"):
+        (tmp_path / name).touch()
+    (tmp_path / "talks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert keyboard._completions("/load ta", names) == ["/load talk one.json", "/load talk[2].json", f"/load talks{os.sep}"]
+    assert keyboard._completions("/load talk[", names) == ["/load talk[2].json"]
+    assert keyboard._completions("/temp ta", names) == []
+
+
+def screen_of(pieces, **settings) -> tuple[str, str]:
+    """What a terminal of 40 columns was sent, and what of it is no movement of the cursor and no colour."""
+    import io
+
+    from rich.console import Console
+
+    from minigpt.engine.screen import show_pieces
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, legacy_windows=False, markup=False, **settings)
+    show_pieces(console, pieces)
+    sent = console.file.getvalue()
+    return sent, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent)
+
+
+def test_markdown_is_drawn_and_nothing_of_a_text_is_lost():
+    text = ("A **bold** word [red]and[/red] no tag.\n\nRoses are red,\nviolets <i>are</i> blue.\n\n```python\nx = 1\n\n"
+            "y = 2\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n<div>\nHTML\n</div>\n\n[a link](http://example.com/x)\n")
+    pieces = [text[i:i + 7] for i in range(0, len(text), 7)]
+    _, seen = screen_of(pieces, color_system=None)
+    lines = [line[10:].rstrip() for line in seen.splitlines()]
+    for line in ("Roses are red,", "violets <i>are</i> blue.", "A bold word [red]and[/red] no"):
+        assert line in lines, seen
+    for part in ("x = 1", "y = 2", "<div>", "HTML", "</div>", "http://example.com/x"):
+        assert part in seen
+    assert "**" not in seen.replace("**bold", "") and "```" not in lines[-12:]
+    assert "\x1b]8" not in screen_of(pieces)[0]                 # no link whose text hides where it leads
+
+
+def test_an_answer_cannot_steer_a_terminal_that_draws():
+    sent, _ = screen_of(["\x1b]0;evil\x07", "safe \x9b31m", "\x1b[2J"], color_system=None)
+    assert "\x1b]0;" not in sent and "\x07" not in sent and "\x9b" not in sent and "\x1b[2J" not in sent and "safe" in sent
 
 
 # ------------------------------------------------------------------ through a pseudo-terminal
@@ -635,7 +743,7 @@ def test_a_conversation_at_the_keyboard(tmp_path):
 @windows
 def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path):
     path = tmp_path / "talk.json"
-    with Terminal("--temperature", "0", "--repetition-penalty", "1", "--max-new-tokens", "900") as t:
+    with Terminal("--temperature", "0", "--repetition-penalty", "1", "--max-new-tokens", "900", "--no-log") as t:
         t.wait("you     > ")
         t.type("Tell me a story about a fox and a kite.\n")
         t.wait("minigpt > .{20}")
@@ -659,7 +767,7 @@ def test_ctrl_d_leaves_and_half_characters_are_not_shown(tmp_path):
     tokenizer = Tokenizer([m.encode() for m in MARKS] + [bytes([b]) for b in range(256)], [],
                              {m: i for i, m in enumerate(MARKS)})
     model = GPT2(GPT2Config.preset("nano", vocab_size=259, block_size=96, n_layer=2, n_head=2, n_embd=64))
-    ids = ChatSession(model, tokenizer, max_new_tokens=1).prompt("Hi")
+    ids = ChatSession(model, tokenizer, max_new_tokens=1).fit("Hi")[0]
     row = torch.tensor([ids + tokenizer.encode_ordinary("Grüße 😀👍!") + [2]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):
@@ -673,6 +781,11 @@ def test_ctrl_d_leaves_and_half_characters_are_not_shown(tmp_path):
         t.type("Hi\n")
         assert "minigpt > Grüße 😀👍!\n" in t.wait("you     > ")
         assert "\ufffd" not in t.raw.decode("utf-8")
-        t.type("\x04")                                 # Ctrl-D
-        t.wait("not saved: /save.*you     > ")
-        assert t.leave("\x04") == 0                    # and again
+        assert t.leave("\x04") == 0                    # Ctrl-D; what was said is kept
+    with Terminal("--model", str(tmp_path / "emoji"), "--continue") as t:
+        assert "Grüße 😀👍!\n" in t.wait("Going on with the last.*you     > Hi.*you     > ")
+        t.type("/re\t")                                # Tab shows what there is
+        t.wait("/reset.*/retry")
+        t.type("s\t\n")
+        t.wait("Forgotten")
+        assert t.leave("\x04") == 0

@@ -20,7 +20,9 @@ from browsers import BROWSER, contrast, launch
 
 from minigpt import ui
 from minigpt.engine.tokenizer import Tokenizer
-from minigpt.chat import ChatSession, read_messages, transcript
+from minigpt.chat import ChatSession
+from minigpt.engine.sessions import AdapterCache, as_source
+from minigpt.engine.transcripts import read_messages, transcript
 from minigpt.engine.serving import free_port
 from minigpt.engine.ballots import Votes
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -236,7 +238,7 @@ def test_a_second_person_is_apart(ada, server, browser, alone):
     mine = ada.texts("bot")
     ada.say("What is a violin?")
     bob.say("What is my name?")
-    assert bob.hear(1) == alone.sibling().reply("What is my name?") and "Ada" not in bob.texts("bot")[0]
+    assert bob.hear(1) == alone.fork().reply("What is my name?") and "Ada" not in bob.texts("bot")[0]
     assert ada.hear(6) and ada.texts("bot")[:5] == mine
     bob.shot("dark")
     bob.context.close()
@@ -251,14 +253,14 @@ def test_documents_are_asked_and_cited(ada, tmp_path, alone):
     chooser.value.set_files([str(tmp_path / "harbor.md")])
     ada.page.wait_for_function("() => [...document.querySelectorAll('input')].some(e => e.value == 'my upload')")
     ada.say("When does the ferry leave?")
-    own = alone.sibling()
-    own.documents = tmp_path
+    own = alone.fork()
+    own.source = as_source(tmp_path)
     own.reply("When does the ferry leave?")
-    assert ada.hear(1) == own.exchanges[0][1] and own.hits and own.citations
+    assert ada.hear(1) == own.exchanges[0][1] and own.last.citations
     sources = ada.page.locator("details")
     sources.first.wait_for()
-    assert sources.count() == len(own.hits) and "harbor.md" in sources.first.inner_text()
-    assert ada.page.locator("mark").all_inner_texts() == [own.citations[0].text]
+    assert sources.count() == len(own.last.hits) and "harbor.md" in sources.first.inner_text()
+    assert ada.page.locator("mark").all_inner_texts() == [own.last.citations[0].text]
     assert ada.texts("user") == ["When does the ferry leave?"]      # not the text that the model read
     ada.shot("documents")
     for dark in (False, True):
@@ -281,10 +283,10 @@ def test_a_file_that_cannot_be_read_is_told(ada, tmp_path):
 def test_adapters_are_chosen_and_uploaded(ada, adapter, alone):
     """The same question: plain, with the owner's adapter, plain again, with an uploaded one."""
     question = "What is a violin?"
-    own = alone.sibling()
+    own = alone.fork()
     own.max_new_tokens = 24
     plain = own.reply(question)
-    own.adapter = adapter
+    own.use(AdapterCache(alone.model).decoder(adapter))
     noisy = "".join(own.regenerate())
     assert plain != noisy
     ada.set("length", "24")
@@ -317,7 +319,7 @@ def test_compare_and_vote(ada, server, alone):
     ada.press("Ask both")
     page.wait_for_function("() => !document.querySelector('button:disabled')", timeout=60_000)
     left, right = (page.get_by_label(side, exact=True).input_value() for side in ("Left", "Right"))
-    greedy = alone.sibling().reply("What is a whale?")
+    greedy = alone.fork().reply("What is a whale?")
     assert greedy in (left, right)
     assert "plain model, greedy" not in page.locator(".prose").all_inner_texts()
     ada.press("Left is better" if left == greedy else "Right is better")
@@ -341,7 +343,7 @@ def test_card_and_bad_input(ada):
 def test_a_chat_is_saved_and_opened(server, browser, alone, tmp_path):
     """A real download is a transcript; opened on somebody else's page, the conversation goes on there."""
     cleo, dan = (Person(browser, server[0]) for _ in range(2))
-    own = alone.sibling()
+    own = alone.fork()
     for person in (cleo, dan):
         person.set("temperature", "0")
         assert person.page.get_by_role("link", name="Save this chat").count() == 0
@@ -500,7 +502,7 @@ def test_a_full_queue_is_told_and_ends(narrow, browser, alone):
     talk, stop = number("Message", "submit"), number("Stop", "click")
     hal = Person(browser, address)
     hal.set("temperature", "0")
-    own = alone.sibling()
+    own = alone.fork()
     hal.say("My name is Hal.")
     assert hal.hear(1) == own.reply("My name is Hal.")
 
@@ -531,7 +533,7 @@ def test_a_full_queue_is_told_and_ends(narrow, browser, alone):
     assert hal.hear(2) == own.reply("What is my name?")
     assert say("four", "What is a whale?", 16)[0] == 200
     done = until(told_of(address, "four"), "process_completed")
-    own = alone.sibling()
+    own = alone.fork()
     own.max_new_tokens = 16
     assert done["success"] and done["output"]["data"][0][1]["content"][0]["text"] == own.reply("What is a whale?")
     hal.context.close()
@@ -559,7 +561,7 @@ def test_visitors_are_apart_and_leave(small):
     for name in "abc":
         said = [m["content"] for m in here.session(name).messages if m["role"] == "user"]
         assert said == [f"Secret of {name} {n}" for n in range(4)]
-        seen = small[1].decode(here.session(name).prompt("x"))
+        seen = small[1].decode(here.session(name).fit("x", here.session(name).exchanges)[0])
         assert not any(f"Secret of {other}" in seen for other in "abc" if other != name)
     assert first.messages == [{"role": "system", "content": "Be kind."}]
     with pytest.raises(ValueError, match="3 people"):

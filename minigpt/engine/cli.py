@@ -63,7 +63,8 @@ def _chat(
     repetition_penalty: opt.RepetitionPenalty = 1.1,
     max_new_tokens: opt.MaxNewTokens = 256, seed: opt.Seed = None,
     device: opt.Device = None, adapter: opt.Adapter = None,
-    documents: opt.Docs = None,
+    documents: opt.Docs = None, resume: opt.Continue = False,
+    log: opt.Log = True,
 ) -> None:
     """Chat with a model, or ask it one thing.
 
@@ -73,19 +74,16 @@ def _chat(
       echo "Tell me a joke" | minigpt chat
       minigpt chat --temperature 0 --system "Be brief." < letter.txt
       minigpt chat --docs notes
+      minigpt chat --continue
 
     In a pipe, all of the input is one message, and only the answer is
     printed. With a PROMPT, piped input is not read.
     """
-    from minigpt.engine import terminal
-    prompt = terminal.first_message(prompt)
-    from minigpt.chat import ChatSession
-    session = ChatSession(
-        model, temperature=temperature, top_k=top_k or None, top_p=top_p,
-        repetition_penalty=repetition_penalty, max_new_tokens=max_new_tokens,
-        seed=seed, device=device, adapter=adapter, documents=documents)
-    terminal.set_system(session, system)
-    terminal.talk(session, prompt)
+    from minigpt.engine.terminal import chat
+    chat(prompt, model, system=system, adapter=adapter, documents=documents,
+         resume=resume, log=log, temperature=temperature, top_k=top_k or None,
+         top_p=top_p, repetition_penalty=repetition_penalty,
+         max_new_tokens=max_new_tokens, seed=seed, device=device)
 
 # %% ../../nbs/engine/cli.ipynb #ask
 @app.command("ask")

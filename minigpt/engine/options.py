@@ -67,6 +67,10 @@ Dtype = Annotated[str | None, Option(help="float32 or bfloat16.")]
 # %% ../../nbs/engine/options.ipynb #drawing
 System = Annotated[str | None, Option(
     help="Instructions in front of the conversation.")]
+Continue = Annotated[bool, Option(
+    "--continue", "-c", help="Go on with the last conversation.")]
+Log = Annotated[bool, Option(
+    "--log/--no-log", help="Keep the conversation, for --continue.")]
 Seed = Annotated[int | None, Option(
     help="Makes it repeatable; of several texts, text i has seed + i.")]
 MaxNewTokens = Annotated[int, Option(help="The longest text, in tokens.")]

@@ -56,8 +56,9 @@ def page_of(model, tokenizer,
     """The Gradio page for a model, and how it is styled."""
     from minigpt.chat import ChatSession
     from minigpt.ui import gradio_app, page_style
-    session = ChatSession(model, tokenizer, adapter=adapter)
-    return gradio_app(session, uploads=uploads), page_style()
+    page = gradio_app(ChatSession(model, tokenizer), adapter=adapter,
+                      uploads=uploads)
+    return page, page_style()
 
 # %% ../../nbs/engine/serving.ipynb #visitors-page
 def visitors_page(model: str | None,      # folder or name; None: the shipped
@@ -72,12 +73,13 @@ def visitors_page(model: str | None,      # folder or name; None: the shipped
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from minigpt.chat import ChatSession, adapter_key
+    from minigpt.chat import ChatSession
+    from minigpt.engine.sessions import adapter_key, as_source
     from minigpt.ui import check_folder, gradio_app, model_card
     check_folder(votes)
     for folder in adapters:
         adapter_key(folder)                                # exists?
-    session = ChatSession(model, documents=documents)
+    session = ChatSession(model, source=as_source(documents))
     return gradio_app(session, adapters=adapters, card=model_card(model),
                       votes=votes, **limits)
 
