@@ -71,8 +71,7 @@ class BM25:
         for term in query:
             for n, part in self.postings.get(term, ()):
                 total[n] += part
-        ranked = sorted(total.items(), key=lambda pair: (-pair[1], pair[0]))
-        return ranked[:k]
+        return sorted(total.items(), key=lambda hit: (-hit[1], hit[0]))[:k]
 
 # %% ../nbs/10_rag.ipynb #stem
 @lru_cache(maxsize=100_000)
@@ -122,8 +121,7 @@ def checked(question: str, k: int = 1) -> str:
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k={k!r} must be a whole number, 1 or more")
     if not isinstance(question, str):
-        raise TypeError("a question is a str, got "
-                        f"{type(question).__name__}")
+        raise TypeError(f"a question is a str, got {type(question).__name__}")
     if not terms(question):
         raise ValueError(f"the question {question!r:.40} holds no word")
     return question
@@ -260,19 +258,17 @@ class RAG:
         return cite(answer, hits)
 
     def ask(self, question: str, earlier: Sequence[str] = ()):
-        """Answer from the passages, or say that they don't.
-
-        Returns an Answer of `engine.answers`. Raises TypeError, ValueError.
-        """
-        from minigpt.engine.answers import (Answer, cite, plain, quote,
-                                            read_hits, supported)
+        """An Answer from the passages, which may be that they don't say.
+        Raises TypeError and ValueError for what is no question."""
+        from minigpt.engine.answers import (Answer, plain, quote, read_hits,
+                                            supported)
         hits, sure = self.look_up(question, earlier)
         text, read = read_hits(self.reader, question, hits)
         if not hits or text.startswith(NOT_SAID[:-1]):
             return Answer(question, NOT_SAID, False, hits, [], False, sure)
-        found = cite(text, read)
+        found = self.cite(text, read)
         if supported(text, found):
             return Answer(question, text, True, read, found, False, sure)
         text = quote(self.index, search_text(question, earlier), hits)
-        return Answer(question, plain(text), True, hits, cite(text, hits),
-                      True, sure)
+        return Answer(question, plain(text), True, hits,
+                      self.cite(text, hits), True, sure)
