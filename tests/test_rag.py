@@ -792,9 +792,15 @@ def test_the_shipped_model_reads(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("bad, kind", [("", ValueError), ("?!", ValueError), (None, TypeError), (3, TypeError)])
 def test_bad_questions(the_course, bad, kind):
-    for ask in (the_course.search, the_course.confidence, RAG(the_course).prompt, RAG(the_course).ask):
+    rag = RAG(the_course)
+    for ask in (the_course.search, the_course.confidence, rag.ask):
         with pytest.raises(kind, match="question"):
             ask(bad)
+    if isinstance(bad, str):  # nothing to look for, but a chat may say it
+        assert rag.prompt(bad) == (bad, [])
+    else:
+        with pytest.raises(kind, match="question"):
+            rag.prompt(bad)
 
 
 def test_bad_settings(the_course):
