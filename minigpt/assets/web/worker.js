@@ -1,0 +1,1 @@
+import{t as e}from"./engine.js";console.log(e);
