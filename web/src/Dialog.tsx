@@ -1,11 +1,11 @@
-import { useEffect, useId, useRef, type ReactNode } from "react"
+import { useId, useLayoutEffect, useRef, type ReactNode } from "react"
 import { text } from "./text"
 
 /** A modal dialog: the browser keeps the focus inside, closes it at Escape, and gives the focus back. */
 export function Dialog({ title, close, children }: { title: string, close: () => void, children: ReactNode }) {
   const dialog = useRef<HTMLDialogElement>(null)
   const id = useId()
-  useEffect(() => {
+  useLayoutEffect(() => { // its end comes before the element goes: so the focus finds its way back
     const element = dialog.current!
     if (!element.open) element.showModal()
     return () => element.close()

@@ -1,4 +1,4 @@
-import { useRef, useState } from "react"
+import { useEffect, useRef, useState } from "react"
 import { search, transcript } from "./conversations"
 import { text } from "./text"
 import type { Chat } from "./useChat"
@@ -15,6 +15,13 @@ export function download(name: string, content: string): void {
 export function Sidebar({ chat, shown, close }: { chat: Chat, shown: boolean, close: () => void }) {
   const [query, setQuery] = useState("")
   const file = useRef<HTMLInputElement>(null)
+  const nav = useRef<HTMLElement>(null)
+  const was = useRef(false)
+  useEffect(() => { // on a phone the focus goes into the list, and back
+    if (shown) nav.current!.querySelector("button")!.focus()
+    else if (was.current) document.querySelector<HTMLElement>("header .menu")?.focus()
+    was.current = shown
+  }, [shown])
   const all = Object.values(chat.talks)
   const found = search(all, query)
 
@@ -23,7 +30,7 @@ export function Sidebar({ chat, shown, close }: { chat: Chat, shown: boolean, cl
 
   return <>
     {shown && <div className="backdrop" onClick={close} />}
-    <nav className={shown ? "shown" : ""} aria-label={text.conversations}>
+    <nav ref={nav} className={shown ? "shown" : ""} aria-label={text.conversations}>
       <div className="row">
         <button className="primary grow" onClick={() => { chat.begin(); close() }}>{text.newChat}</button>
         <button className="menu" aria-label={text.closeMenu} onClick={close}>×</button>

@@ -1,5 +1,5 @@
 // An answer as its tokens: choose one to see what else could have been said, and how it came about.
-import { useState, type KeyboardEvent } from "react"
+import { useId, useState, type KeyboardEvent } from "react"
 import { messagesUpTo } from "./conversations"
 import { text } from "./text"
 import { asPageError, type Node, type Token } from "./types"
@@ -84,12 +84,13 @@ function InsideView({ inside: { tokens, attention, lens } }: { inside: Inside })
   const [block, setBlock] = useState(attention.length - 1)
   const [head, setHead] = useState(0)
   const weights = attention[block][head]
-  const select = (label: string, value: number, n: number, set: (n: number) => void) => (
-    <label>{label}{" "}
-      <select value={value} onChange={event => set(Number(event.target.value))}>
-        {Array.from({ length: n }, (_, i) => <option key={i} value={i}>{i + 1}</option>)}
-      </select>
-    </label>)
+  const id = useId()
+  const select = (label: string, value: number, n: number, set: (n: number) => void) => <>
+    <label htmlFor={id + label}>{label}</label>
+    <select id={id + label} value={value} onChange={event => set(Number(event.target.value))}>
+      {Array.from({ length: n }, (_, i) => <option key={i} value={i}>{i + 1}</option>)}
+    </select>
+  </>
   return (
     <div className="inside">
       <table>

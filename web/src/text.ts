@@ -64,7 +64,7 @@ export const text = {
   // tokens
   tokens: "Tokens",
   tokensHide: "Text",
-  tokensHelp: "The darker a token, the surer the model was. Choose one to see what else could have been said.",
+  tokensHelp: "The stronger its colour, the surer the model was of a token. Choose one to see what else could have been said.",
   tokenLabel: (token: string, chance: string) => `${token}, ${chance}`,
   couldHaveSaid: (token: string) => `In place of ${token}`,
   token: "Token",
@@ -79,14 +79,14 @@ export const text = {
   head: "Head",
   guess: "Likeliest token",
   attention: "Where a head looks",
-  attentionHelp: "The darker a token, the more this head took from it when it chose the next one.",
+  attentionHelp: "The stronger its colour, the more this head took from a token when the next one was chosen.",
   // settings
   settings: "Settings",
   close: "Close",
   reset: "Set back",
   where: "Where the model runs",
   engines: {
-    auto: ["Wherever there is one", "The server of this page if it has a model, else this browser."],
+    auto: ["Automatic", "The server of this page if it has a model, else this browser."],
     server: ["On a server", "Any server that speaks OpenAI's API, as minigpt serve does."],
     browser: ["In this browser", "37 MB are loaded once and kept. Nothing you type leaves your device."],
   },

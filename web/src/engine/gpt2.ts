@@ -119,16 +119,16 @@ export class GPT2 {
       k.set(qkv.subarray(q + C, q + 2 * C), (S - 1) * C)
       v.set(qkv.subarray(q + 2 * C, q + 3 * C), (S - 1) * C)
       for (let head = 0; head < C; head += D) { // channels head to head + D - 1
-        const weights = new Float32Array(S)
+        const weights = new Float32Array(S), mixed = new Float64Array(D)
         for (let s = 0; s < S; s++) {
           let dot = 0
-          for (let d = head; d < head + D; d++) dot += qkv[q + d] * k[s * C + d]
+          for (let d = 0; d < D; d++) dot += qkv[q + head + d] * k[s * C + head + d]
           weights[s] = dot / Math.sqrt(D)
         }
         softmax(weights)
-        h.fill(0, t * C + head, t * C + head + D)
         for (let s = 0; s < S; s++)
-          for (let d = head; d < head + D; d++) h[t * C + d] += weights[s] * v[s * C + d]
+          for (let d = 0; d < D; d++) mixed[d] += weights[s] * v[s * C + head + d]
+        h.set(mixed, t * C + head)
         if (t === T - 1) trace?.push(weights)
       }
     }
@@ -143,7 +143,7 @@ export class GPT2 {
 }
 
 const gelu = (x: number): number => // by tanh, as OpenAI's model.py
-  x / 2 * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)))
+  x / 2 * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x * x * x)))
 
 function softmax(scores: Float32Array): void {
   const most = scores.reduce((a, b) => Math.max(a, b))

@@ -6,7 +6,7 @@ export interface Matrix { rows: number, cols: number
   steps: Int8Array // rows * cols
   scale: Float32Array, bias: Float32Array } // one number a row
 
-/** y (T, rows) = x (T, cols) @ W^T + bias */
+/** y (T, rows) = x (T, cols) @ W^T + bias; the arrays have room for T up to a multiple of 4 */
 export type Matmul = (x: Float32Array, W: Matrix, y: Float32Array, T: number) => void
 
 export const plainMatmul: Matmul = (x, { rows, cols, steps, scale, bias }, y, T) => {
@@ -29,11 +29,11 @@ export class Heap {
       if (!fast) throw Error("plain loops are wanted")
       const memory = new WebAssembly.Memory({ initial: pages })
       const module = new WebAssembly.Module(Uint8Array.from(atob(kernel), c => c.charCodeAt(0)))
-      const run = new WebAssembly.Instance(module, { env: { memory } }).exports.matmul as Function
+      const run = new WebAssembly.Instance(module, { env: { memory } }).exports as any
       this.buffer = memory.buffer
       this.matmul = (x, W, y, T) => W.cols % 16 ? plainMatmul(x, W, y, T)
-        : run(x.byteOffset, W.steps.byteOffset, W.scale.byteOffset, W.bias.byteOffset,
-          y.byteOffset, T, W.rows, W.cols)
+        : (T === 1 ? run.one : run.four)(x.byteOffset, W.steps.byteOffset, W.scale.byteOffset,
+          W.bias.byteOffset, y.byteOffset, T, W.rows, W.cols)
     } catch { // no WebAssembly here, or none with vectors
       this.buffer = new ArrayBuffer(pages * 65536)
     }
