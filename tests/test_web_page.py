@@ -203,6 +203,8 @@ def test_stop_edit_regenerate_and_flip(visit, hosts, where):
     page.get_by_role("button", name="Edit").click()
     page.get_by_label("Edit your message").fill("Say hello.")
     page.get_by_role("button", name="Send changed message").click()
+    page.locator("article.assistant .said", has_text=re.compile(r"\w+ \w+ \w+")).wait_for()
+    page.keyboard.press("Escape")
     done(page)
     assert page.locator("article.user .said").all_inner_texts() == ["Say hello."] and answers(page) != [first]
     page.locator("article.user").get_by_role("button", name="Earlier version").click()
@@ -464,7 +466,7 @@ def test_a_broken_model(visit, hosts, case, said):
     alert.wait_for(state="detached")
 
 
-def test_too_long_and_marks(visit, hosts, where):
+def test_too_long_and_marks(visit, hosts, where, tmp_path):
     page = visit(hosts[where].url, settings={"temperature": 0, "max_tokens": 10})
     say(page, "x y " * 25_000)                                              # 100,000 characters
     alert = page.get_by_role("alert")
@@ -476,10 +478,11 @@ def test_too_long_and_marks(visit, hosts, where):
     done(page)
     alert.wait_for(state="detached")
     assert page.locator("article").count() == 2                             # marks opened no turn
-    for _ in range(3):                                                      # the oldest exchanges are left out
-        say(page, "one two three four five " * 80)
-        done(page)
-    page.get_by_text(re.compile("older exchanges? no longer fitted")).first.wait_for()
+    (tmp_path / "long.json").write_text(json.dumps({"messages": [{"role": "user", "content": "one two three " * 250},
+                                                                 {"role": "assistant", "content": "Well."}]}))
+    page.locator("input[type=file]").set_input_files([tmp_path / "long.json"])
+    say(page, "four five six " * 100)                                       # the oldest exchange is left out
+    page.get_by_text("1 older exchange no longer fitted").wait_for()
 
 
 # ------------------------------------------------------------------ a server with troubles

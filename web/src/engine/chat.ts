@@ -31,8 +31,7 @@ export function prompt(tokenizer: Tokenizer, messages: Message[], room: number) 
   }
 }
 
-/** Draw an answer, a token at a time, as `likeliest` tells it; undefined while the prompt is read.
- * `read`: the ids in the cache; those that are still right are not read again. */
+/** Draw an answer, each token as `likeliest` tells it (undefined while reading); read: cached ids. */
 export function* answer(model: GPT2, tokenizer: Tokenizer, cache: KVCache, read: number[],
     ids: number[], sampling: Sampling, limit: number, chance: () => number, top: number) {
   let same = 0

@@ -10,10 +10,9 @@ interface LayerNorm { weight: Float32Array, bias: Float32Array }
 interface Block { ln_1: LayerNorm, c_attn: Matrix, attn_proj: Matrix
   ln_2: LayerNorm, c_fc: Matrix, mlp_proj: Matrix }
 
-/** Keys and values of the tokens read so far, (S, C) for each block. */
+/** Keys and values of the tokens read so far, (H, n_positions, D) for each block. */
 export class KVCache {
-  length = 0
-  k: Float32Array[]; v: Float32Array[]
+  length = 0; k: Float32Array[]; v: Float32Array[]
   constructor({ n_layer, n_positions, n_embd }: Config) {
     const room = () => new Float32Array(n_positions * n_embd)
     this.k = Array.from({ length: n_layer }, room)
@@ -21,8 +20,7 @@ export class KVCache {
   }
 }
 
-/** What happened at the last token, for those who look inside: [block][head] S attention weights,
- * and the logits if each block were the last one. */
+/** At the last token: [block][head] S attention weights, and the logits were each block the last. */
 export interface Trace { attention: Float32Array[][], logits: Float32Array[] }
 
 export const CHUNK = 32 // tokens of a prompt that are read at once
@@ -35,7 +33,7 @@ export class GPT2 {
 
   constructor(readonly config: Config, file: ArrayBuffer, fast = true) {
     const { n_embd: C, n_layer, vocab_size: V } = config
-    if (config.activation_function !== "gelu_new" || C % config.n_head)
+    if (config.activation_function !== "gelu_new" || C % (2 * config.n_head))
       throw new EngineError("model-config")
     const find = openTensors(file)
     const heap = new Heap(2 * file.byteLength + 4 * (9 * CHUNK * C + 2 * V), fast)
@@ -112,26 +110,30 @@ export class GPT2 {
 
   /** h (T, C) = what the heads bring back, from qkv (T, 3C) and the cache */
   private attend(n: number, T: number, cache: KVCache, trace?: Float32Array[]): void {
-    const { h, qkv, config: { n_embd: C } } = this, D = C / this.config.n_head
-    const k = cache.k[n], v = cache.v[n]
-    for (let t = 0; t < T; t++) {
-      const q = t * 3 * C, S = cache.length + t + 1
-      k.set(qkv.subarray(q + C, q + 2 * C), (S - 1) * C)
-      v.set(qkv.subarray(q + 2 * C, q + 3 * C), (S - 1) * C)
-      for (let head = 0; head < C; head += D) { // channels head to head + D - 1
+    const { h, config: { n_embd: C, n_head: H, n_positions } } = this, D = C / H
+    for (let t = 0; t < T; t++)
+      for (let head = 0; head < H; head++) {
+        const [q, newK, newV] = [0, C, 2 * C].map(at => // (D,) each
+          this.qkv.subarray(t * 3 * C + at + head * D, t * 3 * C + at + head * D + D))
+        const S = cache.length + t + 1, row = head * n_positions * D
+        const k = cache.k[n].subarray(row, row + S * D), v = cache.v[n].subarray(row, row + S * D)
+        k.set(newK, (S - 1) * D)
+        v.set(newV, (S - 1) * D)
         const weights = new Float32Array(S), mixed = new Float64Array(D)
         for (let s = 0; s < S; s++) {
-          let dot = 0
-          for (let d = 0; d < D; d++) dot += qkv[q + head + d] * k[s * C + head + d]
-          weights[s] = dot / Math.sqrt(D)
+          let even = 0, odd = 0 // two sums at once: half the waiting for an addition
+          for (let d = 0; d < D; d += 2) {
+            even += q[d] * k[s * D + d]
+            odd += q[d + 1] * k[s * D + d + 1]
+          }
+          weights[s] = (even + odd) / Math.sqrt(D)
         }
         softmax(weights)
         for (let s = 0; s < S; s++)
-          for (let d = 0; d < D; d++) mixed[d] += weights[s] * v[s * C + head + d]
-        h.set(mixed, t * C + head)
+          for (let d = 0; d < D; d++) mixed[d] += weights[s] * v[s * D + d]
+        h.set(mixed, t * C + head * D)
         if (t === T - 1) trace?.push(weights)
       }
-    }
   }
 
   /** Logits (V,) of the last of T tokens; the head is wte again. */
