@@ -31,7 +31,7 @@ export function prompt(tokenizer: Tokenizer, messages: Message[], room: number) 
   }
 }
 
-/** Draw an answer, each token as `likeliest` tells it (undefined while reading); read: cached ids. */
+/** Draw an answer, each token as `likeliest` tells it (first undefined); read: the cached ids. */
 export function* answer(model: GPT2, tokenizer: Tokenizer, cache: KVCache, read: number[],
     ids: number[], sampling: Sampling, limit: number, chance: () => number, top: number) {
   let same = 0

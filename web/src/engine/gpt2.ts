@@ -20,7 +20,7 @@ export class KVCache {
   }
 }
 
-/** At the last token: [block][head] S attention weights, and the logits were each block the last. */
+/** At the last token: [block][head] S attention weights; logits, were each block the last one. */
 export interface Trace { attention: Float32Array[][], logits: Float32Array[] }
 
 export const CHUNK = 32 // tokens of a prompt that are read at once
