@@ -23,6 +23,7 @@ async function run<T>(store: Store, mode: IDBTransactionMode,
                       action: (store: IDBObjectStore) => IDBRequest<T>): Promise<T> {
   const transaction = (await database()).transaction(store, mode)
   const request = action(transaction.objectStore(store))
+  if (mode === "readwrite") transaction.commit?.() // at once, should the page be left now
   return new Promise((resolve, reject) => {
     transaction.oncomplete = () => resolve(request.result)
     transaction.onabort = transaction.onerror = () => reject(transaction.error)

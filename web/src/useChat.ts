@@ -41,24 +41,35 @@ export function useChat() {
   }, [])
 
   const flush = useCallback(() => {
-    for (const id of dirty.current)
-      if (latest.current[id]) storage.saveConversation(latest.current[id]).catch(storageFailed)
-    dirty.current.clear()
+    if (keeps.current) for (const id of dirty.current) {
+      const one = latest.current[id]
+      storage.saveConversation(one).then(() => {
+        if (latest.current[id] === one) dirty.current.delete(id)
+      }, storageFailed)
+    }
   }, [storageFailed])
+
+  /** The page may be gone before the database has written: what is left goes where writing does not wait. */
+  const leave = useCallback(() => {
+    flush()
+    remember("unsaved", [...dirty.current].map(id => latest.current[id]))
+  }, [flush])
 
   useEffect(() => {
     storage.conversations().then(found => {
-      latest.current = { ...Object.fromEntries(found.map(one => [one.id, one])), ...latest.current }
+      const unsaved = recall<Conversation[]>("unsaved", [])
+      for (const one of unsaved) dirty.current.add(one.id)
+      latest.current = { ...Object.fromEntries([...found, ...unsaved].map(one => [one.id, one])), ...latest.current }
       setTalks(latest.current)
       setOpenId(id => id || recall("open", ""))
     }, storageFailed).finally(() => setLoaded(true))
     const timer = setInterval(flush, 500)
-    addEventListener("pagehide", flush)
+    addEventListener("pagehide", leave)
     return () => {
       clearInterval(timer)
-      removeEventListener("pagehide", flush)
+      removeEventListener("pagehide", leave)
     }
-  }, [flush, storageFailed])
+  }, [flush, leave, storageFailed])
 
   useEffect(() => remember("settings", settings), [settings])
   useEffect(() => {
