@@ -53,7 +53,7 @@ setup(
     author_email=ini["author_email"],
     keywords=ini["keywords"],
     license_expression=ini["license"],
-    license_files=["LICENSE", "minigpt/assets/gpt2/LICENSE"],
+    license_files=["LICENSE", "minigpt/assets/gpt2/LICENSE", "minigpt/assets/web/licenses.md"],
     url=ini["git_url"],
     project_urls={"Documentation": ini["doc_url"], "Source": ini["git_url"], "Issues": f"{ini['git_url']}/issues",
                   "Changelog": f"{source}/CHANGELOG.md"},

@@ -69,3 +69,23 @@ def distributions(tmp_path_factory):
 @pytest.fixture(scope="session")
 def wheel(distributions):
     return distributions[1]
+
+
+@pytest.fixture(scope="session")
+def web_build(tmp_path_factory):
+    """A copy of web/ with its packages installed as the lockfile says; skips where npm or its registry can't be had."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    copy = tmp_path_factory.mktemp("web") / "web"
+    shutil.copytree(ROOT / "web", copy, ignore=shutil.ignore_patterns("node_modules"))
+    try:
+        done = subprocess.run(["npm", "ci", "--no-audit", "--no-fund", "--prefer-offline"], cwd=copy, timeout=300,
+                              capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm's registry did not answer in five minutes")
+    if done.returncode:
+        network = ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ECONNRESET", "ENETUNREACH")
+        if any(code in done.stderr for code in network):
+            pytest.skip("npm's registry can't be reached")
+        pytest.fail(f"npm ci: {done.stderr[-2000:]}")
+    return copy
