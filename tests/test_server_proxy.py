@@ -17,7 +17,9 @@ from fastapi import Request
 
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.gpt2 import GPT2, GPT2Config
-from minigpt.server import Limits, create_app, running
+from minigpt.engine.api_schema import Limits
+from minigpt.engine.app import create_app
+from minigpt.engine.serving import running
 
 PAGE = Path(__file__).resolve().parent.parent / "deploy" / "README.md"
 NAME, KEY = "chat.example.org", "s3cret"
