@@ -168,8 +168,7 @@ class Batch:
         """Read the next token of every row and draw one for each; the rows
         as they were. The last row goes first: leave() moves it, and then it
         has had its turn."""
-        rows = list(self.rows)
-        if not rows:
+        if not (rows := list(self.rows)):
             return rows
         self.counts["generated"] += len(rows)
         tokens = [request.sequences[number].next for request, number in rows]
@@ -183,10 +182,10 @@ class Batch:
     def leave(self, row: int) -> None:
         """Let one row go; the last one takes its place."""
         request, number = self.rows[row]
-        text = request.ids + request.sequences[number].result.ids
         if number == 0:                        # of several, one is enough
-            read = self.slots.lengths[row]
-            self.prefixes.store(text[:read], self.slots, row)
+            text = request.ids + request.sequences[0].result.ids
+            known = text[:self.slots.lengths[row]]
+            self.prefixes.store(known, self.slots, row)
         self.slots.leave(row)
         self.rows[row] = self.rows[-1]
         self.rows.pop()

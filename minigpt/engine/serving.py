@@ -153,7 +153,7 @@ def make_server(app,                  # of `create_app`
     server = Server(uvicorn.Config(
         app, log_level="warning", server_header=False, http=protocol,
         timeout_keep_alive=math.ceil(idle_seconds), access_log=False,
-        backlog=max(1, min(128, most // 6)), timeout_graceful_shutdown=5))
+        backlog=max(1, most // 16), timeout_graceful_shutdown=5))
     server.grace = grace
     return server
 
