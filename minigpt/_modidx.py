@@ -1679,6 +1679,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'minigpt/engine/serving.py'),
                                         'minigpt.engine.serving.Server.on_tick': ( 'engine/serving.html#server.on_tick',
                                                                                    'minigpt/engine/serving.py'),
+                                        'minigpt.engine.serving.Server.startup': ( 'engine/serving.html#server.startup',
+                                                                                   'minigpt/engine/serving.py'),
                                         'minigpt.engine.serving.allowed_hosts': ( 'engine/serving.html#allowed_hosts',
                                                                                   'minigpt/engine/serving.py'),
                                         'minigpt.engine.serving.free_port': ('engine/serving.html#free_port', 'minigpt/engine/serving.py'),

@@ -75,7 +75,9 @@ class BoundedProtocol(H11Protocol):
         super().connection_made(transport)
         self.watch()
         if len(self.connections) > self.most:
-            next(iter(self.idle)).transport.abort()
+            oldest = next(iter(self.idle))
+            oldest.unwatch()
+            oldest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -131,6 +133,14 @@ class Server(uvicorn.Server):
         self.ends = time.monotonic() + self.grace
         for engine in self.config.app.state.service.engines.values():
             engine.drain(self.grace)
+
+    async def startup(self, sockets: list[socket.socket] | None = None
+                      ) -> None:
+        """Begin to listen; the system keeps more callers than are accepted
+        at a time, which is what asyncio takes a backlog for."""
+        await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(1024)
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second: whether it is over."""
