@@ -214,19 +214,3 @@ def test_the_proxy_limits_each_client_and_not_the_page(proxied):
     connection.close()
     connection, response = proxied.ask("POST", "/health", "x" * 1_100_000)
     assert response.status == 413
-
-
-def test_the_proxy_lets_files_for_the_page_be_larger(proxied):
-    """Beyond nginx's bound for all else they reach the server (which has no page here), up to the server's own bound."""
-    connection, response = proxied.ask("POST", "/gradio_api/upload", "x" * 1_100_000)
-    assert response.status == 404 and json.loads(response.read())["error"]["message"] == "Not Found"
-    connection.close()
-    most = Limits().max_upload
-    for size, kind in ((most + 1, "application/json"), (2 * most, "text/html")):          # the server's no, and nginx's
-        connection = proxied.connect()
-        connection.request("POST", "/gradio_api/upload", headers=HEADERS | {"Content-Length": str(size)})
-        if kind == "application/json":
-            connection.send(b"x" * size)
-        response = connection.getresponse()
-        assert response.status == 413 and response.headers["Content-Type"].startswith(kind)
-        connection.close()
