@@ -138,7 +138,7 @@ def test_a_stream_comes_token_by_token(proxied):
     pieces = []
     for number in range(6):
         event = json.loads(response.readline().removeprefix(b"data: "))
-        assert response.readline() == b"\n" and proxied.engine.metrics.values["minigpt_generated_tokens_total"] <= number + 2
+        assert response.readline() == b"\n" and proxied.engine.batch.counts["generated"] <= number + 2
         pieces.append(event["choices"][0]["text"])
         gate.permits.release()
     assert response.read() == b"data: [DONE]\n\n"
@@ -162,10 +162,10 @@ def test_a_client_that_leaves_is_noticed_through_the_proxy(proxied, stream):
         response.close()
     connection.close()
     wait_until(lambda: ask.cancelled)
-    before = len(ask.answers[0].result.ids)
+    before = len(ask.sequences[0].result.ids)
     gate.free.set()
     wait_until(lambda: not proxied.engine.batch.rows)
-    assert len(ask.answers[0].result.ids) - before <= 1
+    assert len(ask.sequences[0].result.ids) - before <= 1
 
 
 def test_what_the_server_says_comes_through(proxied):

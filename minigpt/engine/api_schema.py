@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import (BaseModel, ConfigDict, Field, StringConstraints,
                       model_validator)
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..generation import Options, check
 from .scheduler import Closing, QueueFull
@@ -83,6 +84,8 @@ def as_api_error(error: Exception) -> APIError:
                         headers=error.headers)
     if isinstance(error, RequestValidationError):
         return _bad_body(error)
+    if isinstance(error, ClientDisconnect):    # nginx's number; none hears it
+        return APIError(499, "the client has left", "server_error")
     return APIError(500, f"{type(error).__name__}: the server could not "
                     "finish this request", "server_error")
 

@@ -38,7 +38,12 @@ from .openai_api import (ChatForm, Service, TextForm,
                                        chat_prompt, envelope, make_requests,
                                        one_choice, room_for, score_prompt,
                                        text_prompts, usage, whole_body)
-from .scheduler import Closing, Engine
+from .scheduler import Closing, Engine, QueueFull
+from .scheduler import Closing, Engine, QueueFull
+from .scheduler import Closing, Engine, QueueFull
+from .scheduler import Closing, Engine, QueueFull
+from .scheduler import Closing, Engine, QueueFull
+from .scheduler import Closing, Engine, QueueFull
 from .sequence import Delta
 from .sequence import Request as Asked
 from ..gpt2 import GPT2
@@ -375,7 +380,8 @@ def create_app(model: GPT2 | str | Path | None = None,  # None: the shipped
                   lifespan=lifespan)
     app.state.service, app.state.engine = service, engine
     app.state.metrics = metrics
-    for kind in (APIError, RequestValidationError, HTTPException, Exception):
+    for kind in (APIError, QueueFull, Closing, TimeoutError, ClientDisconnect,
+                 RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, error_response)
     app.add_middleware(GuardMiddleware, metrics=metrics, limits=limits,
                        api_key=api_key, hosts=hosts)
