@@ -47,13 +47,14 @@ def serving(model, rows: list[list[int]], new: int):
     """A function that draws `new` tokens for each row in the server's batch."""
     from minigpt.bpe import BPETokenizer
     from minigpt.generation import Options
-    from minigpt.server import Ask, Batch, Reply
+    from minigpt.engine.sequence import Request, Sequence
+    from minigpt.server import Batch
     tokenizer = BPETokenizer.from_pretrained()
     batch = Batch(model, len(rows))
 
     def run():
         for ids in rows:
-            batch.read(Ask(ids, [Reply(tokenizer, ids, Options(temperature=0, seed=0), new)]))
+            batch.read(Request(ids, [Sequence(tokenizer, ids, Options(temperature=0, seed=0), new)]))
         while batch.rows:
             batch.step()
     return run

@@ -33,7 +33,7 @@ TALKS = ["What is a whale?", "Tell me a joke.", "Why is the sky blue?", "Write a
 def served(*flags: str):
     """(host:port, process) of a `minigpt serve` on a free port; it ends with the block."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "minigpt", "serve", "--port", "0", "--no-ui", *flags]
+    command = [sys.executable, "-m", "minigpt", "serve", "--port", "0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     try:
         line = process.stdout.readline()

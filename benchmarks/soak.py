@@ -25,7 +25,7 @@ from serve import STORIES, TALKS, post, served
 
 GOOD, FORM = {"model": "minigpt-chat"}, {"message", "type", "param", "code"}
 BAD = [({"model": "gpt-9"}, 404), ({"temperature": 9}, 400), ({"n": 0}, 400), ({"prompt": [10**6]}, 400),
-       ({"max_tokens": 5000}, 400), ({"stop": ""}, 400), ({"tools": []}, 400), ({"prompt": "word " * 3000}, 400),
+       ({"max_tokens": 5000}, 400), ({"stop": ""}, 400), ({"suffix": "x", "prompt": "One"}, 400), ({"prompt": "word " * 3000}, 400),
        ({"prompt": "x" * 1_100_000}, 413), ({"seed": "one"}, 400), ({"stream": "yes"}, 400)]
 
 
@@ -145,7 +145,7 @@ def idle(where: str) -> bool:
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
-        if "minigpt_running 0\n" in text and "minigpt_waiting 0\n" in text:
+        if "minigpt_running 0.0\n" in text and "minigpt_waiting 0.0\n" in text:
             return True
         time.sleep(0.1)
     return False

@@ -29,7 +29,7 @@ _HOMES = {
     "quantize_nf4": "deeper.quantization", "Index": "engine.docstore",
     "RAG": "rag",
     "ChatSession": "chat", "ChatWidget": "ui", "gradio_app": "ui",
-    "create_app": "server",
+    "create_app": "engine.app",
 }
 _all_ = ["BPETokenizer", "ChatRenderer", "TokenFile", "load_chats",
          "load_text", "GPT2", "GPT2Config", "KVCache", "TrainConfig", "train",

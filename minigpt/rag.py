@@ -244,7 +244,7 @@ class RAG:
         """What a chat model is told, and the passages in it: as many as
         fit; the bare question and [] if there is none."""
         from minigpt.engine.answers import plain
-        hits = self.look_up(question, earlier)[0] if terms(str(question)) else []
+        hits = terms(str(question)) and self.look_up(question, earlier)[0]
         while hits:
             told = reading_prompt(question, [plain(h.text) for h in hits])
             if fits(told):

@@ -18,7 +18,7 @@ from command_line import one_line
 
 import minigpt
 from minigpt.engine import cli, keyboard, terminal, transcripts
-from minigpt.engine.sessions import AdapterCache, as_source
+from minigpt.engine.sessions import as_source
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import ChatSession
 from minigpt.gpt2 import GPT2, GPT2Config

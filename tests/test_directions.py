@@ -174,7 +174,7 @@ def test_the_cells_of_other_notebooks_import_no_command_line(name):
     ("def f():\n    from minigpt.rag import RAG", "minigpt", [("rag", False)]),
     ("class A:\n    from minigpt.rag import RAG", "minigpt", [("rag", True)]),
     ("if True:\n    import minigpt.rag", "minigpt", [("rag", True)]),
-    ("import minigpt\nx = lambda: minigpt.create_app()", "minigpt", [("__init__", True), ("server", False)]),
+    ("import minigpt\nx = lambda: minigpt.create_app()", "minigpt", [("__init__", True), ("engine.app", False)]),
     ("importlib.import_module('minigpt.lora')", "minigpt", [("lora", True)]),
     ("import torch\nfrom pathlib import Path", "minigpt", [])])
 def test_imports_are_read_from_code(code, package, want):

@@ -493,11 +493,11 @@ def test_a_changed_block_is_what_decoders_read(other, weights, bound):
 
 
 def test_a_changed_block_is_what_the_server_computes(other):
-    from minigpt.server import Slots, row_model, step_rows
+    from minigpt.server import SlotCache, row_model, step_rows
     reader = for_inference(other)
     stepper, want = row_model(reader), by_hand(other, TEXT)
     for company in ([TEXT], [[5, 5, 5], TEXT, [8]]):
-        slots = Slots(other.config, len(company))
+        slots = SlotCache(other.config, len(company))
         for text in company:
             one = KVCache(other.config)
             with torch.inference_mode():
@@ -511,7 +511,8 @@ def test_a_changed_block_is_what_the_server_computes(other):
 def test_a_changed_block_is_what_texts_are_drawn_with(other):
     """Drawn in the server's batch and by generate(), greedy, against the formulas asked again for each token."""
     from minigpt.bpe import BPETokenizer
-    from minigpt.server import Ask, Batch, Reply
+    from minigpt.engine.sequence import Request, Sequence
+    from minigpt.server import Batch
     ids = list(TEXT)
     for _ in range(6):
         ids.append(int(by_hand(other, ids)[-1].argmax()))
@@ -519,12 +520,12 @@ def test_a_changed_block_is_what_texts_are_drawn_with(other):
     tokenizer = BPETokenizer.from_pretrained()
     batch, asks = Batch(other, 4, chunk=3), []
     for text in (TEXT, [9, 9], TEXT):
-        asks.append(Ask(text, [Reply(tokenizer, text, Options(temperature=0, seed=0), 6)]))
+        asks.append(Request(text, [Sequence(tokenizer, text, Options(temperature=0, seed=0), 6)]))
         while asks[-1].read < len(text):
             batch.read(asks[-1])
     while batch.rows:
         batch.step()
-    assert asks[0].answers[0].result.ids == asks[2].answers[0].result.ids == ids[8:]
+    assert asks[0].sequences[0].result.ids == asks[2].sequences[0].result.ids == ids[8:]
 
 
 def test_a_changed_block_is_what_embeddings_and_traces_see(other):

@@ -25,7 +25,7 @@ from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat_format import ChatRenderer
 from minigpt.engine.documents import load_document
 from minigpt.gpt2 import GPT2, GPT2Config
-from minigpt.rag import BM25, RAG, Hit, Passage, Retriever, fuse, search_text
+from minigpt.rag import BM25, RAG, Hit, fuse, search_text
 
 ROOT = Path(__file__).resolve().parent.parent
 COURSE = ROOT / "minigpt/assets/course"

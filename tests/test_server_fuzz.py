@@ -10,7 +10,8 @@ from starlette.testclient import TestClient
 
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.gpt2 import GPT2, GPT2Config
-from minigpt.server import Limits, create_app
+from minigpt.engine.api_schema import Limits
+from minigpt.engine.app import create_app
 
 torch.manual_seed(0)
 TOKENIZER = Tokenizer.from_pretrained()

@@ -17,7 +17,9 @@ from fastapi import Request
 
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.gpt2 import GPT2, GPT2Config
-from minigpt.server import Limits, create_app, running
+from minigpt.engine.api_schema import Limits
+from minigpt.engine.app import create_app
+from minigpt.engine.serving import running
 
 PAGE = Path(__file__).resolve().parent.parent / "deploy" / "README.md"
 NAME, KEY = "chat.example.org", "s3cret"
@@ -136,7 +138,7 @@ def test_a_stream_comes_token_by_token(proxied):
     pieces = []
     for number in range(6):
         event = json.loads(response.readline().removeprefix(b"data: "))
-        assert response.readline() == b"\n" and proxied.engine.metrics.values["minigpt_generated_tokens_total"] <= number + 2
+        assert response.readline() == b"\n" and proxied.engine.batch.counts["generated"] <= number + 2
         pieces.append(event["choices"][0]["text"])
         gate.permits.release()
     assert response.read() == b"data: [DONE]\n\n"
@@ -160,10 +162,10 @@ def test_a_client_that_leaves_is_noticed_through_the_proxy(proxied, stream):
         response.close()
     connection.close()
     wait_until(lambda: ask.cancelled)
-    before = len(ask.answers[0].result.ids)
+    before = len(ask.sequences[0].result.ids)
     gate.free.set()
     wait_until(lambda: not proxied.engine.batch.rows)
-    assert len(ask.answers[0].result.ids) - before <= 1
+    assert len(ask.sequences[0].result.ids) - before <= 1
 
 
 def test_what_the_server_says_comes_through(proxied):
@@ -212,19 +214,3 @@ def test_the_proxy_limits_each_client_and_not_the_page(proxied):
     connection.close()
     connection, response = proxied.ask("POST", "/health", "x" * 1_100_000)
     assert response.status == 413
-
-
-def test_the_proxy_lets_files_for_the_page_be_larger(proxied):
-    """Beyond nginx's bound for all else they reach the server (which has no page here), up to the server's own bound."""
-    connection, response = proxied.ask("POST", "/gradio_api/upload", "x" * 1_100_000)
-    assert response.status == 404 and json.loads(response.read())["error"]["message"] == "Not Found"
-    connection.close()
-    most = Limits().max_upload
-    for size, kind in ((most + 1, "application/json"), (2 * most, "text/html")):          # the server's no, and nginx's
-        connection = proxied.connect()
-        connection.request("POST", "/gradio_api/upload", headers=HEADERS | {"Content-Length": str(size)})
-        if kind == "application/json":
-            connection.send(b"x" * size)
-        response = connection.getresponse()
-        assert response.status == 413 and response.headers["Content-Type"].startswith(kind)
-        connection.close()

@@ -2,7 +2,6 @@
 import json
 import math
 import random
-import re
 import shutil
 import struct
 import subprocess
@@ -14,7 +13,7 @@ from test_bpe import KINDS, fuzz
 
 from minigpt import generation
 from minigpt.bpe import BPETokenizer
-from minigpt.engine.chat_format import ChatRenderer
+from minigpt.chat_format import ChatRenderer
 from minigpt.engine.files import ASSETS
 from minigpt.engine.hub import save_int8
 from minigpt.generation import Options, process

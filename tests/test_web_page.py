@@ -14,7 +14,7 @@ from test_bpe import KINDS, fuzz
 
 from minigpt.bpe import BPETokenizer
 from minigpt.chat import ChatSession, parse_transcript
-from minigpt.engine.chat_format import ChatRenderer
+from minigpt.chat_format import ChatRenderer
 from minigpt.engine.files import ASSETS
 from minigpt.gpt2 import GPT2
 from minigpt.server import create_app, running

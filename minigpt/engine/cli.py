@@ -165,38 +165,37 @@ def _ui(
 # %% ../../nbs/engine/cli.ipynb #serve
 @app.command("serve")
 def _serve(
-    model: opt.Model = None, adapter: opt.Adapter = None,
+    model: opt.Model = None, adapter: opt.Adapters = [],
     name: opt.ServedName = None, host: opt.Host = "127.0.0.1",
     port: opt.Port = 8000, api_key: opt.APIKey = None,
     max_batch: opt.MaxBatch = 8, max_queue: opt.MaxQueue = 32,
     max_tokens: opt.MaxTokens = None, timeout: opt.Timeout = 300.0,
     max_body: opt.MaxBody = 1_000_000, temperature: opt.Temperature = 0.7,
     top_p: opt.TopP = 0.9, cors: opt.Cors = [],
-    allowed_host: opt.AllowedHosts = [], ui: opt.Page = True,
-    uploads: opt.Uploads = True, grace: opt.Grace = 30.0,
-    device: opt.Device = None, threads: opt.Threads = None,
+    allowed_host: opt.AllowedHosts = [], grace: opt.Grace = 30.0,
+    prefix_tokens: opt.PrefixTokens = 4096, device: opt.Device = None,
+    threads: opt.Threads = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does.
 
     \b
     Examples:
       minigpt serve --model my-model --adapter my-adapter --port 9000
-      MINIGPT_API_KEY=... minigpt serve --host 0.0.0.0 --no-ui
+      MINIGPT_API_KEY=... minigpt serve --host 0.0.0.0
       curl http://127.0.0.1:8000/v1/models
 
-    --temperature and --top-p are for requests that name none. Ctrl-C ends
-    it once the running answers are done (and open chat pages are closed, or
-    after --grace seconds); a second one ends it at once.
+    Each adapter is a model of its own, called as its folder is. --temperature
+    and --top-p are for requests that name none. Ctrl-C ends it once the
+    running answers are done, or after --grace seconds; a second one at once.
     """
+    from minigpt.engine.api_schema import Limits
     from minigpt.engine.serving import run_server
-    from minigpt.server import Limits
     limits = Limits(max_batch, max_queue, max_tokens, timeout, max_body,
-                    max_upload=Limits.max_upload if uploads else 0,
-                    temperature=temperature, top_p=top_p)
-    if run_server(model, limits, adapter=adapter, name=name, host=host,
-                  port=port, api_key=api_key, cors=cors, page=ui,
-                  uploads=uploads, names=allowed_host, grace=grace,
-                  device=device, threads=threads):
+                    prefix_tokens=prefix_tokens, temperature=temperature,
+                    top_p=top_p)
+    if run_server(model, limits, adapters=adapter, name=name, host=host,
+                  port=port, api_key=api_key, cors=cors, names=allowed_host,
+                  grace=grace, device=device, threads=threads):
         raise KeyboardInterrupt
 
 # %% ../../nbs/engine/cli.ipynb #generate

@@ -16,13 +16,14 @@ def mean_states(model, rows: list[list[int]], layer: int) -> np.ndarray:
     """The mean of each row's states after `layer` blocks: (B, C)."""
     import torch
     T = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows])
-    length = torch.tensor([len(row) for row in rows])[:, None]
-    real = (torch.arange(T) < length)[..., None].float()     # (B, T, 1)
+    place = model.wte.weight.device
+    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows]).to(place)
+    length = torch.tensor([len(row) for row in rows]).to(place)[:, None]
+    real = (torch.arange(T, device=place) < length)[..., None].float()
     with torch.inference_mode():
         x = (model.hidden_states(ids, n_layer=layer) if layer
              else model.wte(ids))                            # (B, T, C)
-        return ((x * real).sum(1) / length).float().numpy()
+        return ((x * real).sum(1) / length).float().cpu().numpy()
 
 # %% ../../nbs/engine/embedders.ipynb #model-embedder
 class ModelEmbedder:

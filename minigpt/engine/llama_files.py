@@ -8,7 +8,6 @@ __all__ = ['llama_config', 'llama_values', 'gguf_name', 'read_gguf_model', 'read
 # %% ../../nbs/engine/llama_files.ipynb #imports
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch

@@ -182,15 +182,14 @@ MaxQueue = Annotated[int, Option(help="Requests that may wait.")]
 MaxTokens = Annotated[int | None, Option(help=(
     "The longest answer; default: what the context has room for."))]
 Timeout = Annotated[float, Option(help="Seconds for one request.")]
-MaxBody = Annotated[int, Option(help=(
-    "Bytes of one request, but for files that visitors bring: see "
-    "--uploads."))]
+MaxBody = Annotated[int, Option(help="Bytes of one request.")]
+PrefixTokens = Annotated[int, Option(help=(
+    "Tokens of earlier conversations that are kept; 0: none."))]
 Cors = Annotated[list[str], Option(help=(
     "Origin whose pages may call, such as https://example.org; "
     "repeatable."))]
 AllowedHosts = Annotated[list[str], Option("--allowed-host", help=(
     "A name that it answers to, beside this computer's own; repeatable."))]
-Page = Annotated[bool, Option(help="The Gradio page at /.")]
 Grace = Annotated[float, Option(callback=_not_negative, help=(
     "Seconds that running answers get at the end."))]
 
