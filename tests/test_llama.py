@@ -65,13 +65,15 @@ def model():
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_logits_are_those_of_transformers(kind, tmp_path, ids):
+def test_logits_are_those_of_transformers(kind, tmp_path, ids, ledger):
     peer = peer_of(kind, tmp_path)
     ours = GPT2.from_pretrained(tmp_path)
     assert type(ours) is Llama
     theirs = peer(ids).logits
     assert theirs.abs().max() > 1
-    torch.testing.assert_close(ours(ids), theirs, atol=1e-4, rtol=0)
+    worst = (ours(ids) - theirs).abs().max().item()
+    ledger(f"logits of a small {kind}", worst, peer="transformers", bound=1e-4)
+    assert worst < 1e-4
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in peer.parameters())
 
 
