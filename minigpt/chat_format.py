@@ -129,7 +129,7 @@ class ChatRenderer:
 
     def __new__(cls, tokenizer: BPETokenizer | None = None):
         form = getattr(tokenizer, "chat", {}).get("chat_template")
-        if form in (None, CHAT_TEMPLATE):
+        if form is None or form == CHAT_TEMPLATE:
             return super().__new__(cls)
         from minigpt.engine.templates import TemplateRenderer
         return super().__new__(TemplateRenderer)  # of another family
