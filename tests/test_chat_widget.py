@@ -223,7 +223,7 @@ def test_a_chat_is_saved_and_opened(page, tmp_path):
         assert page.locator(".minigpt-chat .said-user").all_inner_texts() == shown
         assert page.get_by_role("status").inner_text() == "Opened minigpt-chat.json."
     own = ChatSession(temperature=0, seed=1, max_new_tokens=16)
-    own.resume(messages)
+    own.messages = messages
     press(page, "temperature", "Home", "0.00")
     press(page, "length", "Home", "8")
     press(page, "length", "ArrowRight", "16")

