@@ -1,0 +1,8 @@
+"""Each notebook in nbs/deeper runs as saved; see test_notebooks.check_run."""
+import pytest
+from test_notebooks import EVERY, check_run, installed, tool  # noqa: F401
+
+
+@pytest.mark.parametrize("path", [one for one in EVERY if tool.kind_of(one.values[0]) == "deeper"])
+def test_runs_and_saved_outputs_are_true(path, installed):  # noqa: F811
+    check_run(path, installed)
