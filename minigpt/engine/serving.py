@@ -219,7 +219,8 @@ def visitors_page(model: str | None,      # folder or name; None: the shipped
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from minigpt.chat import ChatSession
     from minigpt.engine.sessions import adapter_key, as_source
-    from minigpt.ui import check_folder, gradio_app, model_card
+    from minigpt.engine.gradio_page import check_folder, model_card
+    from minigpt.ui import gradio_app
     check_folder(votes)
     for folder in adapters:
         adapter_key(folder)                                # exists?
@@ -234,7 +235,7 @@ def launch(page,          # Gradio's Blocks
            browser: bool  # whether to open a browser
            ) -> None:
     """Show a page until Ctrl-C."""
-    from minigpt.ui import page_style
+    from minigpt.engine.gradio_page import page_style
     _, address, _ = page.launch(
         server_name=host, server_port=port, quiet=True, inbrowser=browser,
         prevent_thread_lock=True, **page_style())
