@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from minigpt import ui
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import ChatSession
 from minigpt.engine import gradio_page
+from minigpt.engine.serving import free_port
 from minigpt.engine.sessions import AdapterCache, as_source
 from minigpt.engine.ballots import Vote, Votes
 from minigpt.gpt2 import GPT2, GPT2Config
@@ -146,7 +148,7 @@ class Person:
         """The last of `count` answers when it is whole: the box takes texts again."""
         self.page.wait_for_function("""n => document.querySelectorAll('[data-testid=bot]').length == n
             && !document.querySelector('.stop-button') && !document.querySelector('[data-testid=textbox]').disabled""", arg=count,
-                                    timeout=60_000)
+                                    timeout=60_000, polling=100)   # not by frames: a page in the background draws none
         return self.texts("bot")[-1]
 
     def press(self, name: str) -> None:
@@ -163,6 +165,7 @@ class Person:
 
     def shot(self, name: str) -> None:
         if folder := os.environ.get("MINIGPT_SCREENSHOTS"):
+            self.page.evaluate("scrollTo(0, 0)")
             self.page.screenshot(path=str(Path(folder) / f"gradio-{name}.png"))
 
 
@@ -406,28 +409,38 @@ def test_functions_are_not_public(server):
     assert info["named_endpoints"] == {} and info["unnamed_endpoints"] == {}
 
 
-def test_a_full_queue_is_told_and_ends(tmp_path, browser, alone):
+def test_a_full_queue_is_told_and_ends(small, tmp_path, browser, monkeypatch):
     """Two are answered, one waits and is told so; the next one is told that the page is busy, and may ask again later."""
-    with running(tmp_path, "--waiting", "1") as address:
+    gate = threading.Event()
+
+    def slow(session, text, history):
+        yield "Let me think"
+        gate.wait(60)
+        yield f"About {text}"
+    monkeypatch.setattr(ui, "page_answer", slow)
+    page = ui.gradio_app(ChatSession(*small), votes=tmp_path / "votes.jsonl", waiting=1)
+    _, address, _ = page.launch(server_name="127.0.0.1", server_port=free_port(), quiet=True, inbrowser=False,
+                                prevent_thread_lock=True, **gradio_page.page_style())
+    try:
         people = [Person(browser, address) for _ in range(4)]
-        for person in people[:3]:
-            person.set("length", "512")
-            person.say("Tell me a long story about a lighthouse.")
-            person.page.wait_for_timeout(500)
+        for number, person in enumerate(people[:3]):
+            person.say(f"whale {number}")
+            person.page.get_by_text("Let me think" if number < 2 else re.compile("queue: ")).first.wait_for()
         people[2].shot("waiting")
-        people[3].say("What is a whale?")
-        people[3].page.get_by_test_id("toast-body").filter(has_text=re.compile("busy|full")).first.wait_for()
+        people[3].say("whale 3")
+        people[3].page.get_by_test_id("toast-body").filter(has_text="busy").first.wait_for()
         people[3].shot("busy")
-        for person in people[:3]:
-            person.page.locator("button.stop-button").click()
+        gate.set()
+        assert [person.hear(1) for person in people[:3]] == ["About whale 0", "About whale 1", "About whale 2"]
         people[3].page.get_by_test_id("toast-close").first.click()
-        people[3].page.wait_for_timeout(500)
-        if people[3].texts("user"):
-            people[3].press("Retry") if people[3].texts("bot") else people[3].say("What is a whale?")
-        people[3].page.wait_for_timeout(300)
-        assert people[3].hear(1) == alone.fork().reply("What is a whale?")
+        assert people[3].box.input_value() == "whale 3"    # nothing that was typed is lost
+        people[3].box.press("Enter")
+        assert people[3].hear(1) == "About whale 3"
         for person in people:
             person.context.close()
+    finally:
+        gate.set()
+        page.close(verbose=False)
 
 
 # ------------------------------------------------------------------ without a browser

@@ -156,7 +156,7 @@ def _ui(
     """
     from minigpt.engine import serving
     port = serving.free_port(host, port)
-    page = serving.visitors_page(
+    page = serving.chat_page(
         model, documents, adapters=adapter, votes=votes, waiting=waiting)
     serving.launch(page, host, port, browser)
 
