@@ -124,6 +124,7 @@ class Person:
 
     def ask_greedily(self) -> None:
         self.press("How it answers")
+        self.page.wait_for_timeout(500)                # the sliders appear, with their own values
         self.set("temperature", "0")
         if self.documents.is_visible():
             self.documents.uncheck()
@@ -162,6 +163,8 @@ class Person:
         field = self.page.get_by_label(f"number input for {label}")
         field.fill(value)
         field.press("Tab")
+        self.page.wait_for_timeout(300)
+        assert field.input_value() == value
 
     def shot(self, name: str) -> None:
         if folder := os.environ.get("MINIGPT_SCREENSHOTS"):

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from notebooks import LIB, exercises, kind_of, name_of, notebooks, read, source  # noqa: E402
 
 # Public names in all modules together: so many are left, and the number only goes down. The aim is 300.
-NAMES = 661
+NAMES = 645
 MANY = float("inf")
 LESSON = {
     "cells": (0, 120),
