@@ -3,6 +3,7 @@ import os
 import re
 import threading
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from browsers import BROWSER, contrast, jupyter_lab, launch, run_all_cells
 
 from minigpt import ui
+from minigpt.deeper.token_bars import next_tokens
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.chat import ChatSession, as_messages
 from minigpt.engine.transcripts import read_messages, transcript
@@ -57,7 +59,7 @@ def page(lab):
             r.continue_() if "127.0.0.1" in r.request.url else r.abort()
         page.route("**/*", route)
         run_all_cells(page, lab)
-        page.locator(".widget-text input").first.wait_for(timeout=90_000)
+        page.locator(".widget-textarea textarea").first.wait_for(timeout=90_000)
         yield page
         browser.close()
 
@@ -65,13 +67,14 @@ def page(lab):
 def shot(page, name: str) -> None:
     if folder := os.environ.get("MINIGPT_SCREENSHOTS"):
         page.screenshot(path=str(Path(folder) / f"chat-widget-{name}.png"))
+        page.locator(".minigpt-widget").screenshot(path=str(Path(folder) / f"chat-widget-{name}-alone.png"))
 
 
 def answered(page, count: int) -> str:
     """The last answer, once `count` answers stand there and nothing grows any more."""
     page.wait_for_function("n => document.querySelectorAll('.minigpt-chat .said-assistant').length == n && "
                            "!document.querySelector('.minigpt-chat .growing')", arg=count, timeout=60_000)
-    return page.locator(".minigpt-chat .said-assistant").last.inner_text().split("\n", 1)[1]
+    return page.locator(".minigpt-chat .said-assistant .text").last.inner_text().strip()
 
 
 def slider(page, name: str):
@@ -98,13 +101,37 @@ def press(page, name: str, key: str, shown: str) -> None:
 def test_typing_enter_and_focus(page):
     """Enter sends, the answer is the session's, and the cursor stays in the box."""
     own = ChatSession(temperature=0, seed=1)
-    page.locator(".widget-text input").click()
+    page.locator(".widget-textarea textarea").click()
     for count, text in enumerate(("What is a whale?", "Tell me a joke."), 1):
         page.keyboard.type(text)
         page.keyboard.press("Enter")
         assert answered(page, count) == own.reply(text)
-        assert page.evaluate("document.activeElement.placeholder") == "Say something, then Enter"
-        assert page.locator(".widget-text input").input_value() == ""
+        assert page.evaluate("document.activeElement.placeholder") == "Say something: Enter sends, Shift+Enter begins a line"
+        assert page.locator(".widget-textarea textarea").input_value() == ""
+
+
+def test_several_lines_and_copy(page):
+    """Shift+Enter begins a line, a pasted text keeps its lines; Copy gives the text as it was written."""
+    box = page.locator(".widget-textarea textarea")
+    box.focus()
+    page.keyboard.type("What is")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.insert_text("a\nviolin?")
+    assert box.input_value() == "What is\na\nviolin?"
+    page.keyboard.press("Enter")
+    said = answered(page, 3)
+    assert page.locator(".minigpt-chat .said-user .text").last.inner_text() == "What is\na\nviolin?"
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".said-user .minigpt-copy").last.click()
+    assert page.evaluate("navigator.clipboard.readText()") == "What is\na\nviolin?"
+    page.locator(".said-assistant .minigpt-copy").last.press("Space")
+    assert page.evaluate("navigator.clipboard.readText()") == said
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_text("Say something.").wait_for()
+    for count, text in enumerate(("What is a whale?", "Tell me a joke."), 1):
+        box.fill(text)
+        box.press("Enter")
+        answered(page, count)
 
 
 def test_the_newest_text_is_in_sight(page):
@@ -114,6 +141,7 @@ def test_the_newest_text_is_in_sight(page):
 
 def test_tab_sends_nothing_and_goes_through_everything(page):
     """Half a sentence is left with Tab: it stays. Tab reaches every button and slider, in order; Enter still sends."""
+    page.locator(".widget-textarea textarea").focus()
     page.keyboard.type("What is a viol")
     reached = []
     for _ in range(13):
@@ -125,10 +153,10 @@ def test_tab_sends_nothing_and_goes_through_everything(page):
     assert places == sorted(places), reached
     time.sleep(0.5)
     assert page.locator(".minigpt-chat .said-user").count() == 2
-    page.locator(".widget-text input").focus()
+    page.locator(".widget-textarea textarea").focus()
     page.keyboard.press("Enter")                       # unchanged since it was left
     answered(page, 3)
-    assert page.locator(".minigpt-chat .said-user").last.inner_text().endswith("What is a viol")
+    assert page.locator(".minigpt-chat .said-user .text").last.inner_text() == "What is a viol"
 
 
 def test_sliders_by_keyboard_and_bars(page):
@@ -153,7 +181,7 @@ def test_stop_and_again_by_keyboard(page):
     """A long answer is stopped with Space on Stop, long before its end; Again replaces it."""
     for _ in range(32):
         slider(page, "length").press("ArrowRight")     # 512 tokens
-    page.locator(".widget-text input").focus()
+    page.locator(".widget-textarea textarea").focus()
     page.keyboard.type("Tell me a long story about a lighthouse.")
     page.keyboard.press("Enter")
     page.wait_for_function("() => document.querySelector('.minigpt-chat .growing')?.innerText.length > 30")
@@ -175,7 +203,7 @@ def test_the_kernel_has_the_same_conversation(page):
     page.keyboard.press("Control+Enter")
     out = page.locator(".jp-CodeCell").nth(1).locator(".jp-OutputArea-output", has_text="viol")
     out.wait_for(timeout=30_000)
-    shown = [text.split("\n", 1)[1] for text in page.locator(".minigpt-chat .said-user").all_inner_texts()]
+    shown = page.locator(".minigpt-chat .said-user .text").all_inner_texts()
     assert out.inner_text().strip() == f"said: {shown}"
 
 
@@ -209,26 +237,26 @@ def choose(page, file) -> None:
 
 def test_a_chat_is_saved_and_opened(page, tmp_path):
     """The link gives a transcript of what is shown; opened after Clear, it is shown again, and the model goes on."""
-    shown = page.locator(".minigpt-chat .said-user").all_inner_texts()
+    shown = page.locator(".minigpt-chat .said-user .text").all_inner_texts()
     path = save(page, tmp_path)
     messages = read_messages(path)
     assert path.name == "minigpt-chat.json" and len(messages) == 8
-    assert [m["content"] for m in messages[0::2]] == [text.split("\n", 1)[1] for text in shown]
+    assert [m["content"] for m in messages[0::2]] == shown
     for _ in range(2):                                 # the same file twice
         page.get_by_role("button", name="Clear").click()
         page.get_by_text("Say something.").wait_for()
         assert page.get_by_role("link", name="Save this chat").count() == 0
         choose(page, str(path))
         answered(page, 4)
-        assert page.locator(".minigpt-chat .said-user").all_inner_texts() == shown
+        assert page.locator(".minigpt-chat .said-user .text").all_inner_texts() == shown
         assert page.get_by_role("status").inner_text() == "Opened minigpt-chat.json."
     own = ChatSession(temperature=0, seed=1, max_new_tokens=16)
     own.messages = messages
     press(page, "temperature", "Home", "0.00")
     press(page, "length", "Home", "8")
     press(page, "length", "ArrowRight", "16")
-    page.locator(".widget-text input").fill("What is a whale?")
-    page.locator(".widget-text input").press("Enter")
+    page.locator(".widget-textarea textarea").fill("What is a whale?")
+    page.locator(".widget-textarea textarea").press("Enter")
     assert answered(page, 5) == own.reply("What is a whale?")
     assert read_messages(save(page, tmp_path)) == own.messages
 
@@ -281,7 +309,7 @@ def test_the_shown_chances_are_those_of_drawing(small, settings, ledger):
     session = ChatSession(*small, seed=3, max_new_tokens=12, **settings)
     session.reply("Hello")
     place, said = 5, session.last.answer_ids
-    rows = ui.next_tokens(session, place, k=8)
+    rows = next_tokens(session, place, k=8)
     logits = small[0](torch.tensor([session.last.prompt_ids + said[:place]]))[0, -1].detach()
     assert [p for _, p, _ in rows] == pytest.approx(logits.softmax(-1).topk(8).values.tolist(), abs=1e-5)
     for token in set(said[:place]):
@@ -305,33 +333,34 @@ def test_greedy_chances_are_one_and_zero(small):
     session = ChatSession(*small, temperature=0, max_new_tokens=8)
     session.reply("Hello")
     for place, token in enumerate(session.last.answer_ids):
-        rows = ui.next_tokens(session, place, k=20000)
+        rows = next_tokens(session, place, k=20000)
         assert [t for t, _, c in rows if c == 1] == [token] and sum(c for _, _, c in rows) == 1
     for bad in (-1, len(session.last.answer_ids) + 1):
         with pytest.raises(ValueError, match=f"place={bad}"):
-            ui.next_tokens(session, bad)
+            next_tokens(session, bad)
     with pytest.raises(ValueError, match="no answer yet"):
-        ui.next_tokens(session.fork())
+        next_tokens(session.fork())
 
 
-@pytest.mark.parametrize("evil", ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</div></div>a&lt;b",
-                                  "'><b>", "\" onmouseover=x"])
+class Parser(HTMLParser):
+    """The tags of a piece of HTML, with their attributes, and its text."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("evil", ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</div></div>a<b",
+                                  "'><b>", "\" onmouseover=x", "<!-- a", "a & b"])
 def test_texts_cannot_become_html(small, evil):
     """A parser of its own finds the same tags as for a harmless text, and the text itself as text."""
-    from html.parser import HTMLParser
-
-    class Parser(HTMLParser):
-        def __init__(self, html):
-            super().__init__(convert_charrefs=True)
-            self.tags, self.text = [], ""
-            self.feed(html)
-
-        def handle_starttag(self, tag, attrs):
-            self.tags.append((tag, [name for name, _ in attrs]))
-
-        def handle_data(self, data):
-            self.text += data
-
     session = ChatSession(*small, max_new_tokens=4)
 
     def shown(text):
@@ -339,8 +368,27 @@ def test_texts_cannot_become_html(small, evil):
         widget = ui.ChatWidget(session)
         widget.page.tell(text)
         return Parser(widget._repr_mimebundle_()["text/html"] + widget.page.past.value + widget.page.note.value)
-    assert shown(evil).tags == shown("harmless").tags
+
+    def names(found):
+        return [(tag, list(attrs)) for tag, attrs in found.tags]
+    assert names(shown(evil)) == names(shown("harmless"))
     assert shown(evil).text.count(evil) == 7
+    copied = [attrs["data-text"] for tag, attrs in shown(evil).tags if tag == "button"]
+    assert copied == [evil] * 3                        # the three messages, on the live page
+
+
+def test_markdown_of_answers_loads_nothing():
+    """Lists, tables, code and links are rendered; images are links, tags are text, and no link runs a program."""
+    text = ("**a** *b* `<i>c</i>`\n\n- one\n- two\n\n| x | y |\n|---|---|\n| 1 | 2 |\n\n```\n<b>d</b>\n```\n\n"
+            "![pic](http://a.example/x.png) ![ref][1] [no](javascript:alert(1)) [yes](http://b.example)\n\n"
+            "<img src=http://c.example/y.png><svg onload=alert(1)>\n\n[1]: http://d.example/z.png")
+    found = Parser(ui.markdown_html(text))
+    tags = {tag for tag, _ in found.tags}
+    assert tags == {"p", "strong", "em", "code", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "pre", "a"}
+    links = [attrs for tag, attrs in found.tags if tag == "a"]
+    assert [link["href"] for link in links] == ["http://a.example/x.png", "http://d.example/z.png", "http://b.example"]
+    assert all(link["target"] == "_blank" and "noopener" in link["rel"] for link in links)
+    assert "<svg onload=alert(1)>" in found.text and "<i>c</i>" in found.text and "javascript:alert(1)" in found.text
 
 
 def test_the_static_picture(small):
@@ -381,7 +429,7 @@ def test_messages_while_one_is_answered_wait_in_the_box(small):
         widget.send("One")
         assert widget.busy
         widget.box.value = "Two"
-        widget.box._heard(widget.box, {"event": "submit"}, [])
+        widget.box.value += "\x04"                          # Enter, as the page reports it
         time.sleep(0.5)
         assert widget.box.value == "Two" and "stop it first" in widget.page.note.value
     finally:

@@ -346,6 +346,7 @@ def test_the_page_waits_in_steps(small_folder, tmp_path, monkeypatch, capfd):
     import ctypes
 
     from minigpt import ui
+    from minigpt.engine import gradio_page
     ended: list[str] = []
 
     class Page:
@@ -357,11 +358,11 @@ def test_the_page_waits_in_steps(small_folder, tmp_path, monkeypatch, capfd):
 
     def serve():
         try:
-            cli._ui("127.0.0.1", 0, False, str(small_folder), [], None, tmp_path / "votes", True, 1, 1)
+            cli._ui("127.0.0.1", 0, False, str(small_folder), [], None, tmp_path / "votes", 1)
         except KeyboardInterrupt:
             ended.append("interrupted")
     monkeypatch.setattr(ui, "gradio_app", lambda *_, **__: Page())
-    monkeypatch.setattr(ui, "page_style", dict)
+    monkeypatch.setattr(gradio_page, "page_style", dict)
     thread, shown = threading.Thread(target=serve, daemon=True), ""
     thread.start()
     while "Ctrl-C ends it" not in shown:

@@ -6,7 +6,6 @@ engine modules import lessons and engine modules below them; `engine.cli` is the
 import ast
 import json
 import re
-import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -15,9 +14,6 @@ import pytest
 import minigpt
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-from style import NOT_MOVED  # noqa: E402  lessons whose modules may still import the engine at the top
-
 NBS, LIB = ROOT / "nbs", ROOT / "minigpt"
 
 
@@ -134,7 +130,7 @@ def test_a_lesson_imports_lessons_at_its_top(module):
     assert not waiting, f"{module} imports {waiting} within functions"
 
 
-@pytest.mark.parametrize("name", [name for name in LESSONS if name not in NOT_MOVED])
+@pytest.mark.parametrize("name", LESSONS)
 def test_a_lesson_imports_the_engine_when_it_is_called(name):
     top = {target for target, top in IMPORTS[module_of(NOTEBOOKS[name])] if top}
     assert not [target for target in top if target.startswith(("engine", "deeper"))]

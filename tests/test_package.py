@@ -176,7 +176,8 @@ def foreign_imports() -> dict[str, set[str]]:
 
 def plain(requirement: str) -> str:
     """The name that a requirement or a constraint begins with, as it is imported."""
-    return re.match(r"[\w-]+", requirement)[0].lower().replace("-", "_")
+    name = re.match(r"[\w-]+", requirement)[0].lower().replace("-", "_")
+    return {"markdown_it_py": "markdown_it"}.get(name, name)
 
 
 def required(kind: str = "requirements") -> list[str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from notebooks import LIB, exercises, kind_of, name_of, notebooks, read, source  # noqa: E402
 
-# Notebooks that are not yet held to the limits.
-NOT_MOVED = ("12_ui",)
+# Public names in all modules together: so many are left, and the number only goes down. The aim is 300.
+NAMES = 645
 MANY = float("inf")
 LESSON = {
     "cells": (0, 120),
@@ -81,7 +81,7 @@ def report(paths: list[Path]) -> str:
         found = counts(read(path))
         starred = [f"{found[name]:g}" + "*" * (name in outside(kind_of(path), found)) for name in LESSON]
         lines.append(f"{name_of(path):24}" + "".join(f"{number:>10}" for number in starred))
-    return "\n".join([*lines, f"public names in all: {all_names()} (300)"])
+    return "\n".join([*lines, f"public names in all: {all_names()} ({NAMES} at most)"])
 
 
 def all_names() -> int:

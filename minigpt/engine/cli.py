@@ -145,21 +145,19 @@ def _ui(
     host: opt.Host = "127.0.0.1", port: opt.Port = 7860,
     browser: opt.Browser = True, model: opt.Model = None,
     adapter: opt.Adapters = [], documents: opt.Docs = None,
-    votes: opt.Votes = Path("minigpt-votes.jsonl"), uploads: opt.Uploads = True,
-    visitors: opt.Visitors = 32, waiting: opt.Waiting = 32,
+    votes: opt.Votes = Path("minigpt-votes.jsonl"), waiting: opt.Waiting = 32,
 ) -> None:
     """Chat in the browser.
 
     \b
     Examples:
       minigpt ui --docs notes --adapter my-adapter
-      minigpt ui --host 0.0.0.0 --no-uploads --no-browser
+      minigpt ui --host 0.0.0.0 --no-browser
     """
     from minigpt.engine import serving
     port = serving.free_port(host, port)
-    page = serving.visitors_page(
-        model, documents, adapters=adapter, votes=votes, uploads=uploads,
-        visitors=visitors, waiting=waiting)
+    page = serving.chat_page(
+        model, documents, adapters=adapter, votes=votes, waiting=waiting)
     serving.launch(page, host, port, browser)
 
 # %% ../../nbs/engine/cli.ipynb #serve

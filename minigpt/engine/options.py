@@ -166,9 +166,6 @@ Browser = Annotated[bool, Option(
     "--browser/--no-browser", help="Open the page.")]
 Votes = Annotated[Path, Option(
     parser=path, help="The file for votes; made with the first one.")]
-Uploads = Annotated[bool, Option("--uploads/--no-uploads", help=(
-    "Visitors of the page may bring files, 10 MB each, 32 MB at once."))]
-Visitors = Annotated[int, Option(min=1, help="How many may talk.")]
 Waiting = Annotated[int, Option(
     min=1, help="How many messages may wait for others' answers.")]
 

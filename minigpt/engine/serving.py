@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['free_port', 'listener', 'allowed_hosts', 'warn_if_open', 'BoundedProtocol', 'most_connections', 'Server',
-           'make_server', 'running', 'serve', 'visitors_page', 'launch', 'run_server']
+           'make_server', 'running', 'serve', 'chat_page', 'launch', 'run_server']
 
 # %% ../../nbs/engine/serving.ipynb #imports
 import math
@@ -204,13 +204,13 @@ def serve(app,                      # of `create_app`
     server.run([sock])
     return server.interrupted
 
-# %% ../../nbs/engine/serving.ipynb #visitors-page
-def visitors_page(model: str | None,      # folder or name; None: the shipped
-                  documents: str | None,  # to look answers up in
-                  *, adapters: Sequence[str],  # folders to choose from
-                  votes: Path,                 # the file for votes
-                  **limits                     # see `gradio_app`
-                  ):
+# %% ../../nbs/engine/serving.ipynb #chat-page
+def chat_page(model: str | None,      # folder or name; None: the shipped
+              documents: str | None,  # to look answers up in
+              *, adapters: Sequence[str],  # folders to choose from
+              votes: Path,                 # the file for votes
+              waiting: int                 # see `gradio_app`
+              ):
     """The page of `minigpt ui`; nothing is reported to anybody.
 
     Raises OSError for folders that are not there, before the model loads.
@@ -219,13 +219,14 @@ def visitors_page(model: str | None,      # folder or name; None: the shipped
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from minigpt.chat import ChatSession
     from minigpt.engine.sessions import adapter_key, as_source
-    from minigpt.ui import check_folder, gradio_app, model_card
-    check_folder(votes)
+    from minigpt.engine.gradio_page import check_writable, model_card
+    from minigpt.ui import gradio_app
+    check_writable(votes)
     for folder in adapters:
         adapter_key(folder)                                # exists?
     session = ChatSession(model, source=as_source(documents))
     return gradio_app(session, adapters=adapters, card=model_card(model),
-                      votes=votes, **limits)
+                      votes=votes, waiting=waiting)
 
 # %% ../../nbs/engine/serving.ipynb #launch
 def launch(page,          # Gradio's Blocks
@@ -234,7 +235,7 @@ def launch(page,          # Gradio's Blocks
            browser: bool  # whether to open a browser
            ) -> None:
     """Show a page until Ctrl-C."""
-    from minigpt.ui import page_style
+    from minigpt.engine.gradio_page import page_style
     _, address, _ = page.launch(
         server_name=host, server_port=port, quiet=True, inbrowser=browser,
         prevent_thread_lock=True, **page_style())
