@@ -2517,4 +2517,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'minigpt.ui.sliders': ('ui.html#sliders', 'minigpt/ui.py'),
                             'minigpt.ui.sources_html': ('ui.html#sources_html', 'minigpt/ui.py'),
                             'minigpt.ui.standings': ('ui.html#standings', 'minigpt/ui.py'),
-                            'minigpt.ui.told': ('ui.html#told', 'minigpt/ui.py')}}}
+                            'minigpt.ui.told': ('ui.html#told', 'minigpt/ui.py')},
+            'minigpt.web': { 'minigpt.web._check': ('web.html#_check', 'minigpt/web.py'),
+                             'minigpt.web.write_page': ('web.html#write_page', 'minigpt/web.py')}}}
