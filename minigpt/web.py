@@ -9,6 +9,7 @@ __all__ = ['write_page']
 import shutil
 from pathlib import Path
 
+# %% ../nbs/14_web.ipynb #imports2
 from .bpe import BPETokenizer
 from .chat_format import CHAT_TOKENS
 from .gpt2 import GPT2
