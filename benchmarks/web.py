@@ -3,8 +3,8 @@
   python benchmarks/web.py [--new 64] [--rounds 5] [--question TEXT]
   python benchmarks/web.py --sizes
 
-The built page's engine.js and the shipped model, one thread, greedy. `first_ms` is from a chat prompt that nothing of is in
-the cache to its first token, `open_s` from the files in memory to a model that can be asked; both are medians. A round of
+The built page's engine.js and the shipped model, one thread, greedy. `first_ms` is from a chat prompt, of which nothing is in
+the cache, to its first token, `open_s` from the files in memory to a model that can be asked; both are medians. A round of
 warming up is not counted. What is not installed (node; Chromium with playwright) has no rows. `--sizes` counts bytes as they
 are and as gzip -9 sends them.
 """
@@ -74,13 +74,14 @@ def in_node(folder: Path, asked: dict) -> dict:
 
 def in_chromium(folder: Path, asked: dict) -> dict:
     from playwright.sync_api import sync_playwright
+    (folder / "empty.html").write_text("<!doctype html><title>empty</title>", encoding="utf-8")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         with sync_playwright() as play:
             browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             page = browser.new_page()
-            page.goto(f"http://127.0.0.1:{server.server_port}/licenses.md")    # beside the page, whose own engine sleeps
+            page.goto(f"http://127.0.0.1:{server.server_port}/empty.html")     # not the page, whose own engine would start
             return page.evaluate(CHROMIUM, asked)
     finally:
         server.shutdown()
