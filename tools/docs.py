@@ -71,8 +71,8 @@ def add_chat(target: Path) -> None:
     home = target / "index.html"
     before, found, after = home.read_text(encoding="utf-8").partition(link)
     rest, end, after = after.partition("</p>")
-    home.write_text(f'{before}href="try/index.html"{rest}{end}\n{CHAT_HERE}{after}', encoding="utf-8")
     assert found and end, f"nbs/index.ipynb has no paragraph with {link}"
+    home.write_text(f'{before}href="try/index.html"{rest}{end}\n{CHAT_HERE}{after}', encoding="utf-8")
 
 
 def build(target: Path = ROOT / "_docs") -> list[str]:
