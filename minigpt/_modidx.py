@@ -2548,4 +2548,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'minigpt.ui.markdown_html': ('ui.html#markdown_html', 'minigpt/ui.py'),
                             'minigpt.ui.paced': ('ui.html#paced', 'minigpt/ui.py'),
                             'minigpt.ui.page_answer': ('ui.html#page_answer', 'minigpt/ui.py'),
-                            'minigpt.ui.past_messages': ('ui.html#past_messages', 'minigpt/ui.py')}}}
+                            'minigpt.ui.past_messages': ('ui.html#past_messages', 'minigpt/ui.py')},
+            'minigpt.web': { 'minigpt.web._check': ('web.html#_check', 'minigpt/web.py'),
+                             'minigpt.web.write_page': ('web.html#write_page', 'minigpt/web.py')}}}

@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def launch(play):
-    """Chromium, without a window; `play` is what `sync_playwright()` gives."""
-    return play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-dev-shm-usage"])
+def launch(play, *more: str):
+    """Chromium, without a window; `play` is what `sync_playwright()` gives, `more` are flags of Chromium."""
+    return play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-dev-shm-usage", *more])
 
 
 @contextmanager

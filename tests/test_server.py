@@ -701,13 +701,22 @@ def test_a_built_page_stands_at_the_root(small, tmp_path, monkeypatch):
     """Its files are sent, nothing else of the disk is; with a key the page is open and the API is not."""
     monkeypatch.setattr("minigpt.engine.app.ASSETS", tmp_path)
     (tmp_path / "web" / "assets").mkdir(parents=True)
-    for name in ("web/index.html", "web/icon.svg", "web/assets/app.js", "secret.txt"):
+    (tmp_path / "minigpt-chat").mkdir()
+    for name in ("web/index.html", "web/icon.svg", "web/assets/app.js", "secret.txt", "minigpt-chat/config.json",
+                 "minigpt-chat/tokenizer.json", "minigpt-chat/model.safetensors", "minigpt-chat/eval.json"):
         (tmp_path / name).write_text(f"this is {name}")
     with running(create_app(*small, api_key="k")) as url:
-        for path, name in (("/", "web/index.html"), ("/icon.svg", "web/icon.svg"), ("/assets/app.js", "web/assets/app.js")):
+        for path, name in (("/", "web/index.html"), ("/icon.svg", "web/icon.svg"), ("/assets/app.js", "web/assets/app.js"),
+                           ("/model/config.json", "minigpt-chat/config.json"),
+                           ("/model/tokenizer.json", "minigpt-chat/tokenizer.json"),
+                           ("/model/model.safetensors", "minigpt-chat/model.safetensors")):
             response, data = send(url, "GET", path)
             assert response.status == 200 and data.decode() == f"this is {name}"
-        for path in ("/secret.txt", "/assets/../../secret.txt", "/assets/%2e%2e/%2e%2e/secret.txt", "/nothing", "/v1/nothing"):
+            head, nothing = send(url, "HEAD", path)
+            assert head.status == 200 and nothing == b"" and head.headers["ETag"] == response.headers["ETag"]
+            assert int(head.headers["Content-Length"]) == len(data)
+        for path in ("/secret.txt", "/assets/../../secret.txt", "/assets/%2e%2e/%2e%2e/secret.txt", "/nothing", "/v1/nothing",
+                     "/model/eval.json", "/model/", "/model/../secret.txt"):
             response, data = send(url, "GET", path)
             assert response.status == (401 if "v1" in path else 404) and "error" in json.loads(data), path
         secret = tmp_path / "secret.txt"

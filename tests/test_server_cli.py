@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from command_line import minigpt, one_line
 
-from minigpt.engine.tokenizer import Tokenizer
 from minigpt.engine import serving
+from minigpt.engine.files import ASSETS
+from minigpt.engine.tokenizer import Tokenizer
 from minigpt.gpt2 import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +154,11 @@ def test_the_space_runs():
         connection = http.client.HTTPConnection(where, timeout=60)
         connection.request("GET", "/")
         page = connection.getresponse()
-        assert page.status == 200 and page.read()
+        assert page.status == 200 and page.read() == (ASSETS / "web" / "index.html").read_bytes()
+        connection.request("HEAD", "/model/model.safetensors")
+        head = connection.getresponse()
+        assert head.status == 200 and not head.read()
+        assert int(head.headers["Content-Length"]) == (ASSETS / "minigpt-chat" / "model.safetensors").stat().st_size
         _, response = post(where, dict(model="minigpt-chat", prompt="One day", max_tokens=5, temperature=0))
         assert response.status == 200 and json.loads(response.read())["choices"][0]["text"]
 
@@ -177,10 +182,13 @@ def test_every_file_uses_flags_that_exist():
     unit.optionxform = str
     unit.read(DEPLOY / "minigpt.service", encoding="utf-8")
     page = (DEPLOY / "README.md").read_text(encoding="utf-8")
-    for used in (start, unit["Service"]["ExecStart"]):
+    [compose] = re.findall(r"(?m)^ +command: .*$", (DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+    for used in (start, unit["Service"]["ExecStart"], compose):
         assert flags_of(used) and flags_of(used) <= known
     for flag in set(re.findall(r"`(--[a-z-]+)", page)):
         assert flag in known, flag
+    for name in re.findall(r"(?m)^\| (`.*?`) \|", page):
+        assert all((DEPLOY / one).exists() for one in re.findall(r"`(.+?)`", name)), name
     for copied in re.findall(r"(?m)^COPY (.*) \S+$", docker):
         assert all((ROOT / name).exists() for name in copied.split()), copied
 
@@ -191,3 +199,17 @@ def test_the_unit_is_valid(tmp_path):
     (tmp_path / "minigpt.service").write_text(text)
     done = subprocess.run(["systemd-analyze", "verify", tmp_path / "minigpt.service"], capture_output=True, text=True)
     assert "minigpt.service" not in done.stderr, done.stderr
+
+
+def test_compose_starts_the_server_and_a_proxy_that_finds_it():
+    yaml = pytest.importorskip("yaml")
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    server, proxy = services["minigpt"], services["caddy"]
+    assert (DEPLOY / server["build"]["context"] / server["build"]["dockerfile"]).resolve() == DEPLOY / "Dockerfile"
+    assert "ports" not in server                                  # only the proxy is reached from outside
+    port = re.search(r"EXPOSE (\d+)", (DEPLOY / "Dockerfile").read_text(encoding="utf-8"))[1]
+    assert f"MINIGPT_SERVER=minigpt:{port}" in proxy["environment"]
+    source, target, _ = proxy["volumes"][0].split(":")
+    assert (DEPLOY / source).is_file() and target == "/etc/caddy/Caddyfile"
+    asked = set(re.findall(r"\{\$(\w+)", (DEPLOY / source).read_text(encoding="utf-8")))
+    assert asked == {one.partition("=")[0] for one in proxy["environment"]}

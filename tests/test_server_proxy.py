@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from browsers import BROWSER, launch
 from fastapi import Request
 
+from minigpt.chat import ChatSession
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.engine.api_schema import Limits
@@ -214,3 +216,30 @@ def test_the_proxy_limits_each_client_and_not_the_page(proxied):
     connection.close()
     connection, response = proxied.ask("POST", "/health", "x" * 1_100_000)
     assert response.status == 413
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_the_page_has_both_engines_behind_the_proxy(proxied):
+    """Over HTTPS, by the public name and with the key: a turn on the server, one in the browser, nothing from elsewhere."""
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    address, asked = f"https://{NAME}:{proxied.port}/", []
+    with sync.sync_playwright() as play:
+        browser = launch(play, f"--host-resolver-rules=MAP {NAME} 127.0.0.1")
+        for engine, place in (("server", "on the server"), ("browser", "in this browser")):
+            settings = json.dumps({"engine": engine, "key": KEY, "temperature": 0, "max_tokens": 12})
+            context = browser.new_context(ignore_https_errors=True)
+            context.add_init_script(f"localStorage['minigpt.settings'] = {json.dumps(settings)}")
+            page = context.new_page()
+            page.on("request", lambda request: asked.append(request.url))
+            page.goto(address)
+            page.locator(".engine").get_by_text(place).wait_for()
+            page.get_by_label("Type a message").fill("Hello!")
+            page.keyboard.press("Enter")
+            page.get_by_role("button", name="Regenerate").wait_for()
+            answer = " ".join(page.locator("article.assistant .said").inner_text().split())
+            if engine == "browser":
+                assert answer == " ".join(ChatSession(temperature=0, max_new_tokens=12).reply("Hello!").split())
+            context.close()
+        browser.close()
+    assert proxied.engine.batch.counts["generated"] > 0
+    assert all(url.startswith((address, "blob:", "data:")) for url in asked)

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -105,10 +106,16 @@ def site(tmp_path_factory):
     return folder, docs.build(folder)
 
 
+def pages_of(folder: Path) -> list[str]:
+    """The pages of the site; the chat page in try/ is a program of its own (test_web_page.py)."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.html"))
+    return [name for name in names if not name.startswith("try/")]
+
+
 @pytest.fixture(scope="module")
 def html(site):
     """The text of each page, by its address."""
-    return {p.relative_to(site[0]).as_posix(): p.read_text(encoding="utf-8") for p in site[0].rglob("*.html")}
+    return {name: (site[0] / name).read_text(encoding="utf-8") for name in pages_of(site[0])}
 
 
 def address_of(path: Path) -> str:
@@ -208,7 +215,7 @@ BRIGHTNESS = """() => { let e = document.body; const c = getComputedStyle(e).bac
 @pytest.mark.parametrize("width, scheme", [(390, "light"), (1280, "dark")])
 def test_pages_in_chromium(browser, address, site, width, scheme):
     """No console error, nothing asked of other machines, all pictures there, no sideways scroll, light and dark."""
-    pages = sorted(p.relative_to(site[0]).as_posix() for p in site[0].rglob("*.html"))
+    pages = pages_of(site[0])
     assert len(pages) > len(tool.notebooks()) + 10
     for name, page, wrong in visit(browser, address, pages, width, scheme):
         assert wrong == [], name
@@ -237,3 +244,40 @@ def test_formulas_are_drawn_and_the_theme_can_be_switched(browser, address):
         page.click(".quarto-color-scheme-toggle >> visible=true")
         page.wait_for_function(f"Math.abs(({BRIGHTNESS})() - {before}) > 100")  # the second page is dark from the start
         assert wrong == []
+
+
+@pytest.mark.parametrize("where", ["on the home page", "on a page of its own"])
+def test_a_visitor_chats_with_the_model(browser, site, tmp_path, where):
+    """From a sub-path of a plain static host: the answer is Python's, and nothing is asked of anybody else."""
+    from minigpt.chat import ChatSession
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "where").symlink_to(site[0])
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address, asked = f"http://127.0.0.1:{server.server_port}/some/where/", []
+    context = browser.new_context()
+    context.add_init_script("localStorage['minigpt.settings'] = JSON.stringify({temperature: 0, max_tokens: 40})")
+    page = context.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    try:
+        page.goto(address + "index.html")
+        assert not any("/try/" in url for url in asked)       # 38 MB come when they are wanted
+        if where == "on the home page":
+            page.get_by_role("button", name="Chat here").click()
+            chat = page.frame_locator("iframe")
+        else:
+            page.get_by_role("link", name="Chat with the model that ships").click()
+            chat = page
+        chat.get_by_text("minigpt-chat, in this browser").wait_for()
+        chat.get_by_label("Type a message").fill("What is a whale?")
+        chat.get_by_label("Type a message").press("Enter")
+        chat.get_by_role("button", name="Regenerate").wait_for()
+        said = chat.locator("article.assistant .said").inner_text()
+    finally:
+        context.close()
+        server.shutdown()
+    assert " ".join(said.split()) == " ".join(
+        ChatSession(temperature=0, max_new_tokens=40).reply("What is a whale?").split())
+    foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    assert not foreign and any(url.endswith("/some/where/try/model/model.safetensors") for url in asked)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from browsers import BROWSER, contrast, launch
 from test_bpe import KINDS, fuzz
+from test_server_cli import process
 
 from minigpt.bpe import BPETokenizer
 from minigpt.chat import ChatSession
@@ -553,3 +554,22 @@ def test_settings_refuse_nonsense_and_are_kept(visit, hosts):
     assert page.get_by_label("Temperature").input_value() == "0.4" and page.get_by_label("Seed").input_value() == "7"
     page.get_by_role("button", name="Set back").click()
     assert page.get_by_label("Temperature").input_value() == "0.7" and page.get_by_label("Seed").input_value() == ""
+
+
+# ------------------------------------------------------------------ minigpt serve
+def test_minigpt_serve_has_both_engines(visit, pair):
+    """The program itself, with a key: the page is open to all, the model in the browser as well, the API is not."""
+    with process(["-m", "minigpt", "serve", "--port", "0", "--max-batch", "1"], MINIGPT_API_KEY="s3cret",
+                 OMP_NUM_THREADS="1") as (_, where):
+        session = ChatSession(*pair, temperature=0, max_new_tokens=30)
+        session.reply(QUESTIONS[0])
+        said = [flat(answer) for _, answer in session.exchanges]
+        usual = {"temperature": 0, "max_tokens": 30}
+        page = visit(f"http://{where}/", ready=False, settings=usual)
+        page.get_by_role("alert").get_by_text("The server asks for an API key").wait_for()
+        for place, more in (("on the server", {"key": "s3cret"}), ("in this browser", {"engine": "browser"})):
+            page = visit(f"http://{where}/", settings=usual | more)
+            page.locator(".engine").get_by_text(place).wait_for()
+            say(page, QUESTIONS[0])
+            done(page)
+            assert [flat(text) for text in answers(page)] == said, place

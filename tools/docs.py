@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import sys
+from configparser import ConfigParser
 from contextlib import chdir
 from pathlib import Path
 
@@ -20,7 +21,13 @@ from notebooks import ROOT, kind_of, notebooks, title_of
 from smalldocs.config import load
 from smalldocs.site import Page, Site
 
+sys.path.insert(0, str(ROOT))
+from minigpt.web import write_page  # noqa: E402
+
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+FRAME = '<iframe src="try/index.html" title="Chat with minigpt" style="width: 100%; height: 36em; border: 0"></iframe>'
+CHAT_HERE = f"""<p><button class="btn btn-primary" onclick="this.outerHTML = '{html.escape(FRAME)}'">Chat here</button></p>
+"""
 
 
 class Pages(Site):
@@ -54,6 +61,20 @@ def prepare() -> Path:
     return folder
 
 
+def add_chat(target: Path) -> None:
+    """The chat page with the shipped model at try/ (lesson 14). The link to it on the home page, which names the site's
+    address so that it works in README.md as well, becomes a relative one, and a button opens the chat in its place."""
+    write_page(target / "try")
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    link = f'href="{config["DEFAULT"]["doc_url"]}/try/index.html"'
+    home = target / "index.html"
+    before, found, after = home.read_text(encoding="utf-8").partition(link)
+    rest, end, after = after.partition("</p>")
+    assert found and end, f"nbs/index.ipynb has no paragraph with {link}"
+    home.write_text(f'{before}href="try/index.html"{rest}{end}\n{CHAT_HERE}{after}', encoding="utf-8")
+
+
 def build(target: Path = ROOT / "_docs") -> list[str]:
     """Render the site into `target`; what smalldocs has to say against it."""
     folder = prepare()
@@ -62,6 +83,7 @@ def build(target: Path = ROOT / "_docs") -> list[str]:
     shutil.rmtree(target, ignore_errors=True)
     shutil.move(folder / "_docs", target)
     shutil.rmtree(folder)
+    add_chat(target)
     for path in target.rglob("*.css"):
         text = path.read_text(encoding="utf-8")
         path.write_text(re.sub(r"@import url\([\"']?https?:[^)]*\);", "", text), encoding="utf-8")

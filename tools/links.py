@@ -10,6 +10,7 @@ config.read(ROOT / "settings.ini", encoding="utf-8")
 ADDRESS, BRANCH = config["DEFAULT"]["git_url"], config["DEFAULT"]["branch"]
 COLAB = "https://colab.research.google.com"
 LINK = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+(?=/blob/)|(?<=git\+)https://[\w./-]+")
+CHAT = re.compile(r"https://[\w./-]+(?=/try/index\.html)")
 BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\([^)]*\)")
 INSTALL = f'''#| hide
 #| eval: false
@@ -43,7 +44,8 @@ def written() -> dict[Path, str]:
     site = re.sub(r"(?m)^(  site-url: ).*", rf"\g<1>{config['DEFAULT']['doc_url']}", site)
     pages = [ROOT / "README.md", ROOT / "nbs" / "index.ipynb", *(p for p in ROOT.glob("deploy/**/*") if p.is_file())]
     lessons = [*ROOT.glob("nbs/[0-9]*.ipynb"), *ROOT.glob("nbs/deeper/*.ipynb")]
-    return {p: LINK.sub(ADDRESS, p.read_text(encoding="utf-8")) for p in pages} | {ROOT / "_quarto.yml": site} | {
+    texts = {p: CHAT.sub(config["DEFAULT"]["doc_url"], LINK.sub(ADDRESS, p.read_text(encoding="utf-8"))) for p in pages}
+    return texts | {ROOT / "_quarto.yml": site} | {
         p: with_cells(p) for p in lessons}
 
 

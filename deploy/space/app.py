@@ -1,4 +1,4 @@
-"""minigpt as a Hugging Face Space: a page at /, OpenAI's API at /v1.
+"""minigpt as a Hugging Face Space: the web page at / with its model at /model/, OpenAI's API at /v1.
 
 The same as `minigpt serve --host 0.0.0.0 --port 7860`, on the port that a Space shows. MINIGPT_API_KEY, if set, is what
 clients and visitors have to know. PORT chooses another port (for a try at home).

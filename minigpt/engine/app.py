@@ -299,6 +299,7 @@ def _add_info(app: FastAPI, service: Service, metrics: Metrics) -> None:
 # %% ../../nbs/engine/app.ipynb #page
 _HOME = {"message": "minigpt speaks OpenAI's API: see /docs, /v1/models, "
                     "/health and /metrics"}
+_MODEL_FILES = "config.json", "tokenizer.json", "model.safetensors"
 
 
 def _file_route(path: Path) -> Callable:
@@ -308,21 +309,26 @@ def _file_route(path: Path) -> Callable:
     return send
 
 
-def _add_page(app: FastAPI, folder: Path) -> None:
-    """The files of a web page at /, or a line that says what is here."""
-    page = folder / "index.html"
-    if not page.is_file():
+def _add_page(app: FastAPI, assets: Path) -> None:
+    """The web page at / and its model, or a line that says what is here."""
+    page, model = assets / "web", assets / "minigpt-chat"
+    if not (page / "index.html").is_file():
         @app.get("/", include_in_schema=False)
         async def home():
             return _HOME
         return
-    app.add_api_route("/", _file_route(page), include_in_schema=False)
-    for path in sorted(folder.iterdir()):
+    files = {"/": page / "index.html"}
+    for path in sorted(page.iterdir()):
         if path.is_dir():
             app.mount(f"/{path.name}", StaticFiles(directory=path))
         else:
-            app.add_api_route(f"/{path.name}", _file_route(path),
-                              include_in_schema=False)
+            files[f"/{path.name}"] = path
+    for name in _MODEL_FILES:
+        if (model / name).is_file():
+            files[f"/model/{name}"] = model / name
+    for route, path in files.items():
+        app.add_api_route(route, _file_route(path), methods=["GET", "HEAD"],
+                          include_in_schema=False)
 
 # %% ../../nbs/engine/app.ipynb #create
 def served_name(model: object) -> str:
@@ -388,5 +394,5 @@ def create_app(model: GPT2 | str | Path | None = None,  # None: the shipped
     _add_routes(app, service, metrics)
     _add_embeddings(app, service)
     _add_info(app, service, metrics)
-    _add_page(app, ASSETS / "web")
+    _add_page(app, ASSETS)
     return app
