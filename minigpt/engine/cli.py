@@ -401,21 +401,20 @@ def _plan(
 @app.command("export")
 def _export(
     folder: opt.ExportFolder, model: opt.Model = None, dtype: opt.Dtype = None,
-    overwrite: opt.Overwrite = False,
+    gguf: opt.AsGGUF = False, overwrite: opt.Overwrite = False,
 ) -> None:
     """Write a model and its tokenizer as transformers opens them.
 
-    Example: minigpt export my-model --dtype bfloat16
+    \b
+    Examples:
+      minigpt export my-model --dtype bfloat16
+      minigpt export my-model --gguf
+
+    With --gguf for llama.cpp: llama-cli -m my-model/model.gguf, and for
+    Ollama: ollama create my-model -f my-model/Modelfile
     """
-    refuse_existing(folder / "model.safetensors", overwrite)
-    refuse_unwritable(folder)
-    from minigpt.bpe import BPETokenizer
-    from minigpt.engine.hub import load_pair
-    from minigpt.gpt2 import GPT2
-    gpt, tokenizer = load_pair(GPT2.from_pretrained(model, dtype=dtype),
-                               BPETokenizer.from_pretrained(model))
-    gpt.save_pretrained(folder, tokenizer, overwrite=overwrite)
-    print(f"saved in {folder}")
+    from minigpt.engine.export import export_model
+    export_model(model, folder, dtype, gguf=gguf, overwrite=overwrite)
 
 # %% ../../nbs/engine/cli.ipynb #eval
 @app.command("eval")

@@ -62,7 +62,10 @@ Tokenizer = Annotated[str | None, Option(
 Preset = Annotated[str, Option(help=(
     "The model's size: nano, mini, gpt2, gpt2-medium, gpt2-large, "
     "gpt2-xl."))]
-Dtype = Annotated[str | None, Option(help="float32 or bfloat16.")]
+Dtype = Annotated[str | None, Option(help=(
+    "float32 or bfloat16; with --gguf also float16, q8_0, q4_0, q4_1."))]
+AsGGUF = Annotated[bool, Option(
+    "--gguf", help="As GGUF, for llama.cpp and Ollama.")]
 
 # %% ../../nbs/engine/options.ipynb #drawing
 System = Annotated[str | None, Option(
