@@ -173,7 +173,8 @@ def _serve(
     max_body: opt.MaxBody = 1_000_000, temperature: opt.Temperature = 0.7,
     top_p: opt.TopP = 0.9, cors: opt.Cors = [],
     allowed_host: opt.AllowedHosts = [], grace: opt.Grace = 30.0,
-    prefix_tokens: opt.PrefixTokens = 4096, device: opt.Device = None,
+    prefix_tokens: opt.PrefixTokens = 4096,
+    max_model_len: opt.MaxModelLen = 2048, device: opt.Device = None,
     threads: opt.Threads = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does.
@@ -192,7 +193,7 @@ def _serve(
     from minigpt.engine.serving import run_server
     limits = Limits(max_batch, max_queue, max_tokens, timeout, max_body,
                     prefix_tokens=prefix_tokens, temperature=temperature,
-                    top_p=top_p)
+                    max_model_len=max_model_len, top_p=top_p)
     if run_server(model, limits, adapters=adapter, name=name, host=host,
                   port=port, api_key=api_key, cors=cors, names=allowed_host,
                   grace=grace, device=device, threads=threads):
@@ -244,7 +245,6 @@ def _generate(
                          guesses, early_stopping)
     pattern = files.read_pattern(regex, choice, json_schema, ignore_end)
     from minigpt.deeper.beam_search import BeamOptions
-    from minigpt.engine.hub import load_pair
     from minigpt.generation import Options
     options = Options(
         max_new_tokens=max_new_tokens, temperature=temperature,
@@ -257,7 +257,7 @@ def _generate(
         length_penalty=length_penalty, num_beam_groups=num_beam_groups,
         early_stopping=files.EARLY[early_stopping],
         diversity_penalty=diversity_penalty)
-    gpt, tokenizer = load_pair(model, device=device)
+    gpt, tokenizer = files.open_pair(model, device, int8)
     options = files.with_texts(options, tokenizer, ban=ban, begin=begin,
                                ignore_end=ignore_end, pattern=pattern,
                                stop=stop)

@@ -309,7 +309,8 @@ class Int8Linear(nn.Module):
         engines.engine = int8_engine(engines.engine,
                                      engines.supported_engines)
         weight = weight.detach().float()
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).double()
+        low, high = weight.aminmax(dim=1)
+        scale = (torch.maximum(-low, high) / 127).clamp(min=1e-12).double()
         zeros = torch.zeros_like(scale, dtype=torch.long)
         with warnings.catch_warnings():          # torch >= 2.13: deprecated
             warnings.simplefilter("ignore")

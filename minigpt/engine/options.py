@@ -188,6 +188,8 @@ Timeout = Annotated[float, Option(help="Seconds for one request.")]
 MaxBody = Annotated[int, Option(help="Bytes of one request.")]
 PrefixTokens = Annotated[int, Option(help=(
     "Tokens of earlier conversations that are kept; 0: none."))]
+MaxModelLen = Annotated[int, Option(help=(
+    "Tokens of a prompt and its answer, at most; rows reserve so many."))]
 Cors = Annotated[list[str], Option(help=(
     "Origin whose pages may call, such as https://example.org; "
     "repeatable."))]
