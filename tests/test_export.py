@@ -14,7 +14,6 @@ from minigpt.engine.cli import app
 from minigpt.engine.export import save_gguf
 from minigpt.engine.gguf import GGUF, quantize, dequantize
 from minigpt.engine.hub import load_pair
-from minigpt.engine.llama_files import gguf_name
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.llama import Llama, LlamaConfig, rope_speeds
 

@@ -9,7 +9,6 @@ __all__ = ['save_gguf']
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from numpy import ndarray
 
 from ..bpe import BPETokenizer
