@@ -364,6 +364,22 @@ def test_int8_where_torch_has_chosen_no_engine(monkeypatch):
         for_inference(a_model(), "int8")
 
 
+@pytest.mark.parametrize("bias", [None, 3 * torch.ones(24)])
+def test_int8_rounds_each_token_by_its_own_largest_number(bias):
+    """One token a thousand times as large as the others, as Llama's first one is, costs them nothing."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 64), torch.randn(24, 64)
+    x[2] *= 1000
+    x[4] = 0
+    layer, shift = kernels.Int8Linear(weight, bias), 0 if bias is None else bias
+    got, want = layer(x) - shift, x @ weight.T
+    assert ((got - want).norm(dim=1)[:4] < 0.02 * want.norm(dim=1)[:4]).all()
+    assert got[4].abs().max() == 0
+    alone = torch.cat([layer(row[None]) for row in x]) - shift
+    assert ((got - alone).norm(dim=1)[:4] < 0.02 * want.norm(dim=1)[:4]).all()
+    assert torch.equal(layer(x.view(1, 5, 64))[0], layer(x))
+
+
 def test_int8_engine():
     assert kernels.int8_engine("fbgemm", ["qnnpack", "none", "fbgemm"]) == "fbgemm"
     assert kernels.int8_engine("none", ["qnnpack", "none"]) == "qnnpack"

@@ -119,12 +119,14 @@ class Limits:
     max_prompts: int = 16           # in one request (nor more than max_queue)
     chunk: int = 256                # prompt tokens read between two steps
     prefix_tokens: int = 4096       # kept of earlier texts; 0: none
+    max_model_len: int = 2048       # tokens of a prompt and its answer, if
+    # the model's context is longer: each row reserves room for so many
     temperature: float = 0.7        # where a request names none
     top_p: float = 0.9              # where a request names none
 
     def __post_init__(self):
         for name in ("max_batch", "max_queue", "timeout", "max_body",
-                     "max_prompts", "chunk"):
+                     "max_prompts", "chunk", "max_model_len"):
             check(getattr(self, name) > 0, name, getattr(self, name),
                   "above 0")
         check(self.prefix_tokens >= 0, "prefix_tokens", self.prefix_tokens,

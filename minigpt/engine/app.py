@@ -11,6 +11,8 @@ import base64
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +339,16 @@ def served_name(model: object) -> str:
     return Path(model).name if named else "minigpt-chat"
 
 
+def _shortened(model: GPT2, most: int) -> GPT2:
+    """A model whose context is `most` tokens, if it is longer; weights are
+    shared."""
+    if model.config.block_size <= most:
+        return model
+    twin = copy(model)
+    twin.config = replace(model.config, block_size=most)
+    return twin
+
+
 def _engines(model: GPT2, tokenizer: BPETokenizer, name: str,
              adapters: Sequence[str | Path], limits: Limits
              ) -> dict[str, Engine]:
@@ -366,6 +378,7 @@ def create_app(model: GPT2 | str | Path | None = None,  # None: the shipped
     """OpenAI's API for a model, as a FastAPI app."""
     name = name or served_name(model)
     model, tokenizer = load_pair(model, tokenizer, device)
+    model = _shortened(model, limits.max_model_len)
     service = Service(_engines(model, tokenizer, name, adapters, limits),
                       limits)
     engine, *others = service.engines.values()

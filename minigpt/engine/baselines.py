@@ -88,7 +88,9 @@ class PlainRenderer:
 
 # %% ../../nbs/engine/baselines.ipynb #rendererfor
 def renderer_for(tokenizer: BPETokenizer) -> ChatRenderer | PlainRenderer:
-    """A ChatRenderer if the tokenizer has chat tokens, else a plain one."""
-    if set(CHAT_TOKENS) <= set(tokenizer.special_tokens):
+    """A ChatRenderer if the tokenizer has chat tokens or a chat template,
+    else a plain one."""
+    own = getattr(tokenizer, "chat", {}).get("chat_template")
+    if own or set(CHAT_TOKENS) <= set(tokenizer.special_tokens):
         return ChatRenderer(tokenizer)
     return PlainRenderer(tokenizer)

@@ -171,7 +171,8 @@ def _serve(
     max_body: opt.MaxBody = 1_000_000, temperature: opt.Temperature = 0.7,
     top_p: opt.TopP = 0.9, cors: opt.Cors = [],
     allowed_host: opt.AllowedHosts = [], grace: opt.Grace = 30.0,
-    prefix_tokens: opt.PrefixTokens = 4096, device: opt.Device = None,
+    prefix_tokens: opt.PrefixTokens = 4096,
+    max_model_len: opt.MaxModelLen = 2048, device: opt.Device = None,
     threads: opt.Threads = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does.
@@ -190,7 +191,7 @@ def _serve(
     from minigpt.engine.serving import run_server
     limits = Limits(max_batch, max_queue, max_tokens, timeout, max_body,
                     prefix_tokens=prefix_tokens, temperature=temperature,
-                    top_p=top_p)
+                    max_model_len=max_model_len, top_p=top_p)
     if run_server(model, limits, adapters=adapter, name=name, host=host,
                   port=port, api_key=api_key, cors=cors, names=allowed_host,
                   grace=grace, device=device, threads=threads):
@@ -242,7 +243,6 @@ def _generate(
                          guesses, early_stopping)
     pattern = files.read_pattern(regex, choice, json_schema, ignore_end)
     from minigpt.deeper.beam_search import BeamOptions
-    from minigpt.engine.hub import load_pair
     from minigpt.generation import Options
     options = Options(
         max_new_tokens=max_new_tokens, temperature=temperature,
@@ -255,7 +255,7 @@ def _generate(
         length_penalty=length_penalty, num_beam_groups=num_beam_groups,
         early_stopping=files.EARLY[early_stopping],
         diversity_penalty=diversity_penalty)
-    gpt, tokenizer = load_pair(model, device=device)
+    gpt, tokenizer = files.open_pair(model, device, int8)
     options = files.with_texts(options, tokenizer, ban=ban, begin=begin,
                                ignore_end=ignore_end, pattern=pattern,
                                stop=stop)
@@ -399,21 +399,20 @@ def _plan(
 @app.command("export")
 def _export(
     folder: opt.ExportFolder, model: opt.Model = None, dtype: opt.Dtype = None,
-    overwrite: opt.Overwrite = False,
+    gguf: opt.AsGGUF = False, overwrite: opt.Overwrite = False,
 ) -> None:
     """Write a model and its tokenizer as transformers opens them.
 
-    Example: minigpt export my-model --dtype bfloat16
+    \b
+    Examples:
+      minigpt export my-model --dtype bfloat16
+      minigpt export my-model --gguf
+
+    With --gguf for llama.cpp: llama-cli -m my-model/model.gguf, and for
+    Ollama: ollama create my-model -f my-model/Modelfile
     """
-    refuse_existing(folder / "model.safetensors", overwrite)
-    refuse_unwritable(folder)
-    from minigpt.bpe import BPETokenizer
-    from minigpt.engine.hub import load_pair
-    from minigpt.gpt2 import GPT2
-    gpt, tokenizer = load_pair(GPT2.from_pretrained(model, dtype=dtype),
-                               BPETokenizer.from_pretrained(model))
-    gpt.save_pretrained(folder, tokenizer, overwrite=overwrite)
-    print(f"saved in {folder}")
+    from minigpt.engine.export import export_model
+    export_model(model, folder, dtype, gguf=gguf, overwrite=overwrite)
 
 # %% ../../nbs/engine/cli.ipynb #eval
 @app.command("eval")

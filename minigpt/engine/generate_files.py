@@ -262,6 +262,19 @@ def _as_row(prompt: str, text, tokenizer, stop: Sequence[str]) -> dict:
         row["logprob"] = round(sum(text.logprobs), 4)
     return row
 
+# %% ../../nbs/engine/generate_files.ipynb #open-pair
+def open_pair(model: str | None,   # folder or name; None: the shipped one
+              device: str | None,  # None: the CPU
+              int8: bool,          # True: its matrices in int8 alone
+              ) -> tuple:
+    """A model and its tokenizer."""
+    from minigpt.engine.hub import load_pair
+    if not int8 or device not in (None, "cpu"):
+        return load_pair(model, device=device)
+    from minigpt.bpe import BPETokenizer
+    from minigpt.engine.int8 import load_int8
+    return load_pair(load_int8(model), BPETokenizer.from_pretrained(model))
+
 # %% ../../nbs/engine/generate_files.ipynb #generate-rows
 def generate_rows(model, tokenizer, prompts: Sequence[str],
                   options,                   # an Options, see `with_texts`

@@ -229,10 +229,15 @@ class GGUF:
         info = self.tensors[name]
         data = np.frombuffer(self._data, np.uint8, info.nbytes,
                              self._start + info.offset)
-        values = dequantize(data, info.kind).reshape(info.shape)
+        numbers, size = _BLOCKS[info.kind]
+        step = 2**20 // numbers * size          # bytes at a time
+        values = np.empty(prod(info.shape), np.float32)
+        for a in range(0, info.nbytes, step):
+            part = dequantize(data[a:a + step], info.kind)
+            values[a // size * numbers:][:len(part)] = part
         if not np.isfinite(values).all():
             raise ValueError(f"{self.path}: {name} holds NaN or infinity")
-        return values
+        return values.reshape(info.shape)
 
 # %% ../../nbs/engine/gguf.ipynb #write-1
 def _text(text: str) -> bytes:

@@ -299,7 +299,8 @@ def int8_engine(chosen: str, supported: Sequence[str]) -> str:
 # %% ../../nbs/engine/kernels.ipynb #int8linear
 class Int8Linear(nn.Module):
     """x -> x weight^T + bias with int8 weights, a scale a row; x is rounded
-    to int8 on the fly. CPU only. The result has the dtype of x."""
+    to int8 on the fly, with a scale for each token. CPU only. The result has
+    the dtype of x."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -308,18 +309,25 @@ class Int8Linear(nn.Module):
         engines.engine = int8_engine(engines.engine,
                                      engines.supported_engines)
         weight = weight.detach().float()
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).double()
+        low, high = weight.aminmax(dim=1)
+        scale = (torch.maximum(-low, high) / 127).clamp(min=1e-12).double()
         zeros = torch.zeros_like(scale, dtype=torch.long)
         with warnings.catch_warnings():          # torch >= 2.13: deprecated
             warnings.simplefilter("ignore")
             steps = torch.quantize_per_channel(weight, scale, zeros, 0,
                                                torch.qint8)
-        bias = None if bias is None else bias.detach().float()
-        self.packed = torch.ops.quantized.linear_prepack(steps, bias)
+        self.shift = None if bias is None else bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack(steps, self.shift)
         self.multiply = torch.ops.quantized.linear_dynamic.default
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return self.multiply(x.float(), self.packed, False).to(x.dtype)
+        wide = x.float()
+        if wide.numel() == wide.shape[-1]:   # one token: torch's scale is its
+            return self.multiply(wide, self.packed, False).to(x.dtype)
+        size = wide.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        y = self.multiply(wide / size, self.packed, False)
+        y = y * size if self.shift is None else self.shift.lerp(y, size)
+        return y.to(x.dtype)
 
 # %% ../../nbs/engine/kernels.ipynb #blocks-win
 _faster: dict[tuple, bool] = {}  # the measurements of this process

@@ -62,7 +62,10 @@ Tokenizer = Annotated[str | None, Option(
 Preset = Annotated[str, Option(help=(
     "The model's size: nano, mini, gpt2, gpt2-medium, gpt2-large, "
     "gpt2-xl."))]
-Dtype = Annotated[str | None, Option(help="float32 or bfloat16.")]
+Dtype = Annotated[str | None, Option(help=(
+    "float32 or bfloat16; with --gguf also float16, q8_0, q4_0, q4_1."))]
+AsGGUF = Annotated[bool, Option(
+    "--gguf", help="As GGUF, for llama.cpp and Ollama.")]
 
 # %% ../../nbs/engine/options.ipynb #drawing
 System = Annotated[str | None, Option(
@@ -182,6 +185,8 @@ Timeout = Annotated[float, Option(help="Seconds for one request.")]
 MaxBody = Annotated[int, Option(help="Bytes of one request.")]
 PrefixTokens = Annotated[int, Option(help=(
     "Tokens of earlier conversations that are kept; 0: none."))]
+MaxModelLen = Annotated[int, Option(help=(
+    "Tokens of a prompt and its answer, at most; rows reserve so many."))]
 Cors = Annotated[list[str], Option(help=(
     "Origin whose pages may call, such as https://example.org; "
     "repeatable."))]
