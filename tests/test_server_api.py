@@ -133,16 +133,13 @@ def test_offsets_go_on_from_piece_to_piece(client):
             [t] for t, row in zip(whole.logprobs.tokens, whole.logprobs.top_logprobs) if row], "the drawn token is among them"
 
 
-def test_lm_eval_scores_over_the_api(url, pair):  # noqa: F811
+def test_lm_eval_scores_over_the_api(url, pair, tmp_path):  # noqa: F811
     """The loglikelihoods of its local-completions are those of the plain model."""
-    pytest.importorskip("tenacity")                    # of lm-eval's extra `api`
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
-    lm = LocalCompletionsAPI(base_url=f"{url}/v1/completions", model="minigpt-chat", tokenizer_backend=None, tokenized_requests=False,
-                             max_length=512, batch_size=1)
+    pair[0].save_pretrained(tmp_path, pair[1])
+    lm = LocalCompletionsAPI(base_url=f"{url}/v1/completions", model="minigpt-chat", tokenizer=str(tmp_path), max_length=512)
     encode = pair[1].encode_ordinary
-    lm.tok_encode = lambda text, **_: encode(text)
-    lm._tokenized_requests = lm.tokenized_requests = True
     asked = [("One day the little dog", " ran away"), ("The sky is", " blue")]
     found = lm.loglikelihood([Instance("loglikelihood", {}, pair_, i) for i, pair_ in enumerate(asked)], disable_tqdm=True)
     for (context, rest), (got, greedy) in zip(asked, found):
