@@ -29,6 +29,7 @@ from minigpt.training import summed_loss
 from minigpt.finetuning import measure, pad_chats, train_chats, usual_rate
 from minigpt.engine.cache import KVCache
 from minigpt.generation import generate
+from minigpt.llama import Llama, LlamaConfig
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.engine.batches import Batches, Phase
 from minigpt.engine.replies import reply_all
@@ -372,6 +373,18 @@ def test_more_tokens_change_nothing_for_the_old_ones():
     assert torch.allclose(model.wte.weight[-1], old.wte.weight.mean(0), atol=1e-6)
     result = finetune(model, [talk("Hi", "Hello")] * 4, tokenizer=tokenizer, config={"max_steps": 2, "batch_size": 1}, **QUIET)
     assert math.isfinite(result.history[-1]["loss"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama_gets_more_tokens_too(tied):
+    gpt2 = Tokenizer.from_pretrained("gpt2")
+    old = Llama(LlamaConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=50257, tie_word_embeddings=tied)).eval()
+    model, tokenizer = add_chat_tokens(old, gpt2)
+    ids = torch.tensor([gpt2.encode("A text")])
+    new = model(ids)
+    assert type(model) is Llama and tokenizer.vocab_size == new.size(-1) == 50259
+    assert torch.allclose(new[..., :50257], old(ids), atol=1e-5)
+    assert torch.allclose(new[..., 50258], old(ids).mean(-1), atol=1e-5)        # the mean row gives the mean logit
 
 
 # ------------------------------------------------------------------ preferences

@@ -6,6 +6,7 @@ from exercise_cells import exercises, said
 from minigpt.deeper import resources
 from minigpt.deeper.resources import data_sheet_flops, estimate_memory, flops_per_token
 from minigpt.engine.plan import MACHINES, plan
+from minigpt.llama import LlamaConfig
 from minigpt.gpt2 import GPT2, GPT2Config
 from small_runs import SHAPE, tiny
 
@@ -46,6 +47,8 @@ def test_plan_for_every_machine(machine):
 def test_plan_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="cpu, t4, 8gb, 24gb, h100"):
         plan("mini", "tpu")
+    with pytest.raises(ValueError, match="'llama'"):
+        plan(LlamaConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=50))
     with pytest.raises(ValueError, match="not this one"):
         plan("mini", "h100", measure=True)
     assert plan("gpt2-xl", "8gb").largest == 0

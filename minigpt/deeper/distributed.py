@@ -73,6 +73,6 @@ def whole_model(model: GPT2,
     tensors = model_tensors(model, keep=rank == 0)
     if rank:
         return None
-    copy = GPT2(model.config)
+    copy = type(model)(model.config)
     copy.load_state_dict(tensors)
     return copy.eval()

@@ -123,10 +123,12 @@ def add_chat_tokens(model: GPT2, tokenizer: BPETokenizer
     tokenizer = type(tokenizer)(tokens, tokenizer.merges,
                                 {**tokenizer.special_tokens, **ids})
     weights = model.state_dict()
-    table = weights["wte.weight"]                            # (V, C)
-    rows = table.mean(0, keepdim=True).repeat(len(missing), 1)
-    weights["wte.weight"] = torch.cat([table, rows])
-    larger = GPT2(replace(model.config, vocab_size=tokenizer.vocab_size))
+    for name in {"wte.weight", "lm_head.weight"} & weights.keys():
+        table = weights[name]                                # (V, C)
+        rows = table.mean(0, keepdim=True).repeat(len(missing), 1)
+        weights[name] = torch.cat([table, rows])
+    config = replace(model.config, vocab_size=tokenizer.vocab_size)
+    larger = type(model)(config)
     larger.load_state_dict(weights)
     return larger.to(model.device).eval(), tokenizer
 

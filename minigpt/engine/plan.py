@@ -149,9 +149,13 @@ def plan(model: str | GPT2Config = "mini",  # a preset's name, or a shape
          ) -> Plan:
     """What training a model on a machine takes.
 
-    Raises ValueError for a machine that is unknown, or can't be timed.
+    Raises ValueError for a machine that is unknown, or can't be timed, and
+    for shapes other than GPT-2's.
     """
     config = GPT2Config.preset(model) if isinstance(model, str) else model
+    if config.model_type != "gpt2":
+        raise ValueError(f"plan counts with GPT-2's formulas, and this is a "
+                         f"shape of {config.model_type!r}")
     if machine is not None and machine not in MACHINES:
         raise ValueError(f"unknown machine {machine!r}; one of "
                          f"{', '.join(MACHINES)}, or None for this one")
