@@ -1,9 +1,9 @@
 """Sentences of lesson 04 that no cell measures, over several seeds.
 
-How the first weights decide (300 steps of SGD at 0.3 and of AdamW at 0.003), what warm-up and clipping do at a rate of 0.02 (300 steps), and how far
-the model that writes gets below the bigram line. Everything else is as in the lesson: its texts, tokenizer and shapes.
+How the first weights decide (300 steps of SGD at 0.3 and of AdamW at 0.003), whether another rate suits SGD better, what warm-up and clipping do at a
+rate of 0.02 (300 steps), and how far the model that writes gets below the bigram line. Everything else is as in the lesson: its texts, tokenizer and shapes.
 
-    python benchmarks/training_lesson.py [--seeds 3] [--only starts wall story]
+    python benchmarks/training_lesson.py [--seeds 3] [--only starts rates wall story]
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def last_loss(model: GPT2, train: Tensor, held: Tensor, **settings) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=["starts", "wall", "story"])
+    parser.add_argument("--only", nargs="+", default=["starts", "rates", "wall", "story"])
     args = parser.parse_args()
     texts, held_texts = split_held(load_text(), 0.05)
     tokenizer = Tokenizer.train(texts[:500], 512, ["<|endoftext|>"])
@@ -56,6 +56,9 @@ def main() -> None:
     runs = {
         "starts": {f"{which}, {name}": (dict(width=64, heads=2, **start), dict(make=make, max_steps=300, **plain))
                    for which, make in optimizers.items() for name, start in starts.items()},
+        "rates": {f"SGD at {lr}": (dict(width=64, heads=2, wte_std=0.1), dict(
+            make=functools.partial(lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr), lr=lr), max_steps=300, **plain))
+                  for lr in (0.3, 0.5, 1.0, 3.0)},
         "wall": {name: (dict(width=64, heads=2, wte_std=0.1),
                         dict(make=adamw[0.02], max_steps=300, warmup_steps=warmup, clip=clip))
                  for name, warmup, clip in [("neither", 0, 1e9), ("warm-up", 100, 1e9), ("clipping", 0, 1.0),
