@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEPARATOR', 'split_documents', 'fingerprint', 'text_of', 'dedupe', 'first_text', 'split_held', 'TokenArray',
-           'token_stream', 'random_places', 'shuffled_numbers', 'Windows', 'WindowSampler']
+           'token_stream', 'random_places', 'shuffled_numbers', 'WindowSampler']
 
 # %% ../nbs/01_data.ipynb #split-documents
 from collections.abc import Iterable, Iterator

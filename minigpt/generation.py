@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Ids', 'Processor', 'pick', 'pick_best', 'check', 'Temperature', 'TopK', 'TopP', 'MinP', 'RepetitionPenalty',
-           'Options', 'process', 'Generation', 'token_logprobs', 'Sampler', 'generate', 'TokenStream', 'stream']
+           'Options', 'process', 'Generation', 'token_logprobs', 'generate', 'TokenStream', 'stream']
 
 # %% ../nbs/05_generation.ipynb #imports
 import random
