@@ -2,7 +2,7 @@
 the same question at temperature 0, whole and as a stream; the first two also for an object of a schema and a tool call.
 
     minigpt serve                                     in one terminal
-    pip install litellm langchain-openai llm          in another one (not part of minigpt's own requirements)
+    pip install litellm langchain-openai llm          in another one (the package needs none of them)
     python benchmarks/clients.py [http://127.0.0.1:8000]
 
 A line for each check; the exit code is 1 if one of them failed.

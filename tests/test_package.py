@@ -148,7 +148,8 @@ def test_modules_hold_no_pickle_no_eval():
 # ------------------------------------------------------------------ what the package needs
 
 # Imported only where somebody asks for it, with a message that says what to install; or as a peer, if it is there.
-OPTIONAL = {"tiktoken", "openai", "lm_eval", "tensorboard", "pypdf", "transformers", "tokenizers", "sacrebleu", "rouge_score"}
+OPTIONAL = {"tiktoken", "openai", "lm_eval", "tensorboard", "pypdf", "transformers", "tokenizers", "sacrebleu", "rouge_score",
+            "playwright"}
 
 
 def sources() -> dict[str, str]:
