@@ -89,7 +89,8 @@ def test_the_widget_and_the_page_answer(file, tmp_path):
     widget.send("Hi")
     widget.wait()
     assert session.exchanges and session.exchanges[0][0] == "Hi"
-    page = ui.gradio_app(ChatSession(file, max_new_tokens=6), card=ui.model_card(file), votes=tmp_path / "votes.jsonl")
+    from minigpt.engine.gradio_page import model_card
+    page = ui.gradio_app(ChatSession(file, max_new_tokens=6), card=model_card(file), votes=tmp_path / "votes.jsonl")
     assert page.blocks
 
 
