@@ -45,6 +45,8 @@ def test_map_has_every_lesson_and_its_time():
     rows = re.findall(r"\| \[(\d\d) [^]]+\]\((.+?)\) .*\| (\d+) s \|", tool.course_map())
     assert [file for _, file, _ in rows] == [p.name for p in tool.notebooks() if tool.kind_of(p) == "lesson"]
     assert all(file.startswith(number) and int(seconds) < 90 for number, file, seconds in rows)
+    listed = re.findall(r"\]\((deeper/\w+\.ipynb)\) \(\d+ min\)", tool.course_map())
+    assert sorted(listed) == [f"deeper/{p.name}" for p in tool.notebooks() if tool.kind_of(p) == "deeper"]
 
 
 @pytest.mark.parametrize("path", EVERY)

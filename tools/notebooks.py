@@ -173,24 +173,41 @@ def run(path: Path, note_time: bool = False) -> None:
     print(f"{name_of(path)}: {seconds} s", flush=True)
 
 
+# The deeper notebooks, by the lesson that one has read before them.
+DEEPER = {"00_bpe": ["fast_bpe"], "01_data": ["packing", "curation"], "03_gpt2": ["attention_patterns", "hooks", "resources"],
+          "04_training": ["optimizers", "distributed"],
+          "05_generation": ["beam_search", "speculative", "constrained", "fast_decoding"],
+          "06_evaluation": ["text_metrics", "human_eval", "calibration"], "08_finetuning": ["sft_packing", "dpo"],
+          "09_lora": ["quantization"], "10_rag": ["retrieval"], "12_ui": ["token_bars"],
+          "15_llama": ["architecture_ablation"]}
+
+
 def title_of(path: Path) -> tuple[str, str]:
     """The title of a notebook and the line below it, without Markdown's signs."""
     head = [line for line in source(read(path)["cells"][0]).splitlines() if line.strip()]
     return head[0].removeprefix("# ").strip(), head[1].removeprefix("> ").strip().rstrip(".")
 
 
+def reading(path: Path) -> str:
+    """How long a notebook takes to read."""
+    import style
+    return f"{style.counts(read(path))['minutes']} min"
+
+
 def course_map() -> str:
-    """The table of the lessons: number, title, what it gives (its second line), how long it runs; then a list of the
-    deeper ones."""
-    rows, deeper = ["| notebook | what it is about | runs in |", "|---|---|---|"], []
+    """The table of the lessons: title and what it gives (its second line), how long it is to read and to run, and the
+    deeper notebooks that go on from there."""
+    rows = ["| lesson | to read | to run | deeper, each of which may be skipped |", "|---|---|---|---|"]
+    deeper = {name_of(path).removeprefix("deeper/"): path for path in notebooks() if kind_of(path) == "deeper"}
     for path in notebooks():
-        title, about = title_of(path)
         if kind_of(path) == "lesson":
+            title, about = title_of(path)
             seconds = read(path)["metadata"].get("minigpt", {}).get("seconds")
-            rows.append(f"| [{path.name[:2]} {title}]({path.name}) | {about} | {f'{seconds} s' if seconds else '-'} |")
-        elif kind_of(path) == "deeper":
-            deeper.append(f"- [{title}]({name_of(path)}.ipynb): {about}")
-    return "\n".join(rows + ["\nDeeper, each of which may be skipped:\n"] * bool(deeper) + deeper)
+            more = [f"[{title_of(deeper[name])[0]}](deeper/{name}.ipynb) ({reading(deeper[name])})"
+                    for name in DEEPER.get(path.stem, []) if name in deeper]
+            rows.append(f"| [{path.name[:2]} {title}]({path.name}) <br>{about} | {reading(path)} "
+                        f"| {f'{seconds} s' if seconds else '-'} | {'<br>'.join(more)} |")
+    return "\n".join(rows)
 
 
 def index_with_map() -> dict:
