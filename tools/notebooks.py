@@ -225,7 +225,7 @@ def readme() -> str:
     for cell in read(NBS / "index.ipynb")["cells"]:
         text = source(cell)
         if cell["cell_type"] == "markdown":
-            parts.append(re.sub(r"\]\((?!https?:|#)([^)]+\.(?:ipynb|md)\b)", r"](nbs/\1", text))
+            parts.append(re.sub(r"\]\((?!https?:|#)([^)]+\.(?:ipynb|md|png)\b)", r"](nbs/\1", text))
         elif not re.match(r"\s*#\|\s*(export|hide|default_exp)", text):
             shown = "\n".join(line for line in text.splitlines() if line != VARIES)
             parts.append(f"```python\n{shown.strip()}\n```")
