@@ -181,27 +181,38 @@ CELLS = {cell["id"]: "".join(cell["source"]) for cell in json.loads(
     (ROOT / "nbs" / "deeper" / "architecture_ablation.ipynb").read_text(encoding="utf-8"))["cells"]}
 
 
-def recorded() -> dict[str, list[float]]:
-    return ast.literal_eval(re.search(r"(?s)recorded = (\{.*?\})", CELLS["recorded"])[1])
+def literal(name: str, cell: str):
+    return ast.literal_eval(re.search(rf"(?s){name} = (\{{.*\}})", CELLS[cell])[1])
+
+
+def held_of(network: str, lr: float = 0.005, steps: int = 400, wider: float = 3.0) -> list[float]:
+    """What the benchmark has recorded of a network, by seed."""
+    path = ROOT / "benchmarks" / "results" / "architecture_ablation.json"
+    runs = [run for run in json.loads(path.read_text(encoding="utf-8"))["result"]["runs"]
+            if (run["network"], run["lr"], run["steps"], run["wider"]) == (network, lr, steps, wider)]
+    assert [run["seed"] for run in runs] == list(range(len(runs)))
+    assert all(run["curve"][-1] == [steps, run["held"]] for run in runs)
+    return [round(run["held"], 3) for run in runs]
 
 
 def test_the_recorded_numbers_are_the_benchmarks():
-    path = ROOT / "benchmarks" / "results" / "architecture_ablation.json"
-    runs = json.loads(path.read_text(encoding="utf-8"))["result"]["runs"]
-    assert list(recorded()) == ["GPT-2", *CHANGES, "all five"]
-    for name, losses in recorded().items():
-        found = {run["seed"]: run["held"] for run in runs if run["network"] == name and run["lr"] == 0.005}
-        assert list(found) == [0, 1, 2, 3, 4] and losses == [round(held, 3) for held in found.values()]
+    recorded = literal("recorded", "recorded")
+    assert list(recorded) == ["GPT-2", *CHANGES, "all five"]
+    for name, losses in recorded.items():
+        assert len(losses) == 5 and losses == held_of(name)
+    for name, losses in literal("narrow", "narrow").items():
+        assert len(losses) == 3 and losses == held_of(name, wider=1.0)
+    for lr, losses in literal("rates", "rates").items():
+        assert losses == {name: held_of(name, lr)[0] for name in losses}
+    for name, losses in literal("longer", "longer").items():
+        assert len(losses) == 8 and losses[-1:] == held_of(name, steps=800)
 
 
 @pytest.fixture(scope="module")
 def names():
     """What the notebook has defined by the time of its exercises."""
-    import itertools
-    import math
-
     from minigpt.deeper.architecture_ablation import _NoTable
-    return {"torch": torch, "math": math, "itertools": itertools, "build_variant": build_variant, "_NoTable": _NoTable,
+    return {"torch": torch, "build_variant": build_variant, "_NoTable": _NoTable,
             "shape": LlamaConfig(vocab_size=512, block_size=64, n_layer=2, n_embd=96, n_head=6, n_kv_head=2)}
 
 
