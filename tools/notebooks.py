@@ -188,24 +188,19 @@ def title_of(path: Path) -> tuple[str, str]:
     return head[0].removeprefix("# ").strip(), head[1].removeprefix("> ").strip().rstrip(".")
 
 
-def reading(path: Path) -> str:
-    """How long a notebook takes to read."""
-    import style
-    return f"{style.counts(read(path))['minutes']} min"
-
-
 def course_map() -> str:
     """The table of the lessons: title and what it gives (its second line), how long it is to read and to run, and the
     deeper notebooks that go on from there."""
+    from style import minutes
     rows = ["| lesson | to read | to run | deeper, each of which may be skipped |", "|---|---|---|---|"]
     deeper = {name_of(path).removeprefix("deeper/"): path for path in notebooks() if kind_of(path) == "deeper"}
     for path in notebooks():
         if kind_of(path) == "lesson":
             title, about = title_of(path)
             seconds = read(path)["metadata"].get("minigpt", {}).get("seconds")
-            more = [f"[{title_of(deeper[name])[0]}](deeper/{name}.ipynb) ({reading(deeper[name])})"
+            more = [f"[{title_of(deeper[name])[0]}](deeper/{name}.ipynb) ({minutes(read(deeper[name]))} min)"
                     for name in DEEPER.get(path.stem, []) if name in deeper]
-            rows.append(f"| [{path.name[:2]} {title}]({path.name}) <br>{about} | {reading(path)} "
+            rows.append(f"| [{path.name[:2]} {title}]({path.name}) <br>{about} | {minutes(read(path))} min "
                         f"| {f'{seconds} s' if seconds else '-'} | {'<br>'.join(more)} |")
     return "\n".join(rows)
 

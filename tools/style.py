@@ -46,6 +46,13 @@ def public_names(module: Path) -> list[str]:
     return ast.literal_eval(found[1]) if found else []
 
 
+def minutes(nb: dict) -> int:
+    """How long a notebook takes to read: 200 words or 15 lines of code a minute."""
+    words = sum(prose_words(source(cell)) for cell in nb["cells"] if cell["cell_type"] == "markdown")
+    lines = sum(len(code_lines(source(cell))) for cell in nb["cells"] if cell["cell_type"] == "code")
+    return round(words / 200 + lines / 15)
+
+
 def counts(nb: dict) -> dict[str, float]:
     """The numbers of a notebook, by the names of LESSON."""
     cells = nb["cells"]
@@ -57,7 +64,7 @@ def counts(nb: dict) -> dict[str, float]:
     named = re.search(r"(?m)^#\|\s*default_exp\s+(\S+)", "\n".join(map(source, nb["cells"])))
     module = LIB / (named[1].replace(".", "/") + ".py") if named else None
     return {
-        "cells": len(cells), "code": sum(lines), "minutes": round(words / 200 + sum(lines) / 15),
+        "cells": len(cells), "code": sum(lines), "minutes": minutes(nb),
         "median": statistics.median(lines or [0]), "words": round(words / max(1, sum(lines)), 1),
         "longest": max((len(code_lines(text)) for text in code if text not in exported), default=0),
         "pictures": sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", [])),
