@@ -28,7 +28,7 @@ import _common as c
 HERE = Path(__file__).resolve().parent
 RUNS = json.loads((HERE / "benchmarks.json").read_text(encoding="utf-8"))
 # Scripts that measure something else than speed, or need another checkout; run them by hand.
-OTHERS = {"soak.py", "decode.py", "training_lesson.py"}
+OTHERS = {"clients.py", "soak.py", "decode.py", "training_lesson.py"}
 
 
 def why_not(script: str) -> str:

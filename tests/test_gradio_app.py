@@ -147,9 +147,10 @@ class Person:
 
     def hear(self, count: int) -> str:
         """The last of `count` answers when it is whole: the box takes texts again."""
+        self.page.bring_to_front()                     # Gradio draws by frames, and a page in the background has none
         self.page.wait_for_function("""n => document.querySelectorAll('[data-testid=bot]').length == n
             && !document.querySelector('.stop-button') && !document.querySelector('[data-testid=textbox]').disabled""", arg=count,
-                                    timeout=60_000, polling=100)   # not by frames: a page in the background draws none
+                                    timeout=60_000, polling=100)
         return self.texts("bot")[-1]
 
     def press(self, name: str) -> None:
