@@ -55,8 +55,10 @@ def draw(where: str, number: int, count: int, new: int, stream: bool, out: list)
     connection = http.client.HTTPConnection(where, timeout=120)
     for i in range(count):
         body = {"model": "minigpt-chat", "prompt": STORIES[(number + i) % 8], "max_tokens": new, "seed": 100 * number + i,
-                "temperature": 0.7, "stream": stream, "stream_options": {"include_usage": True}}
-        data = post(connection, "/v1/completions", body).read().decode()
+                "temperature": 0.7, "stream": stream} | ({"stream_options": {"include_usage": True}} if stream else {})
+        answer = post(connection, "/v1/completions", body)
+        data = answer.read().decode()
+        assert answer.status == 200, data
         last = data.split("\n\n")[-3].removeprefix("data: ") if stream else data
         out.append(json.loads(last)["usage"]["completion_tokens"])
     connection.close()
