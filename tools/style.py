@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from notebooks import LIB, exercises, kind_of, name_of, notebooks, read, source  # noqa: E402
 
-# Public names in all modules together, at most; one that stands at the top of the package too counts once.
-NAMES = 300
+# Names in all __all__ together: so many are left, and the number only goes down. The aim is 300.
+NAMES = 324
 MANY = float("inf")
 LESSON = {
     "cells": (0, 120),
@@ -92,7 +92,7 @@ def report(paths: list[Path]) -> str:
 
 
 def all_names() -> int:
-    return len({name for path in LIB.rglob("*.py") for name in public_names(path)})
+    return sum(len(public_names(path)) for path in LIB.rglob("*.py"))
 
 
 if __name__ == "__main__":
