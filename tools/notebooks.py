@@ -75,6 +75,16 @@ def source(cell: dict) -> str:
     return "".join(cell["source"])
 
 
+def prose_words(text: str) -> int:
+    """Words of a Markdown cell, without code blocks, folded solutions and addresses."""
+    text = re.sub(r"<details>.*?</details>|```.*?```|\]\([^)]*\)|<[^>]+>", " ", text, flags=re.S)
+    return len(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text))
+
+
+def code_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#|")]
+
+
 def printed(cell: dict) -> str:
     """The text of a cell's outputs, pictures left out."""
     parts = []
@@ -178,13 +188,10 @@ def run(path: Path, only_time: bool = False) -> None:
     print(f"{name_of(path)}: {seconds} s", flush=True)
 
 
-# The deeper notebooks, by the lesson that one has read before them.
-DEEPER = {"00_bpe": ["fast_bpe"], "01_data": ["packing", "curation"], "03_gpt2": ["attention_patterns", "hooks", "resources"],
-          "04_training": ["optimizers", "distributed"],
-          "05_generation": ["beam_search", "speculative", "constrained", "fast_decoding"],
-          "06_evaluation": ["text_metrics", "human_eval", "calibration"], "08_finetuning": ["sft_packing", "dpo"],
-          "09_lora": ["quantization"], "10_rag": ["retrieval"], "12_ui": ["token_bars"],
-          "15_llama": ["architecture_ablation"]}
+# The deeper notebooks, by the number of the lesson that one has read before them.
+DEEPER = {"00": "fast_bpe", "01": "packing curation", "03": "attention_patterns hooks resources", "04": "optimizers distributed",
+          "05": "beam_search speculative constrained fast_decoding", "06": "text_metrics human_eval calibration",
+          "08": "sft_packing dpo", "09": "quantization", "10": "retrieval", "12": "token_bars", "15": "architecture_ablation"}
 
 
 def title_of(path: Path) -> tuple[str, str]:
@@ -193,20 +200,25 @@ def title_of(path: Path) -> tuple[str, str]:
     return head[0].removeprefix("# ").strip(), head[1].removeprefix("> ").strip().rstrip(".")
 
 
+def minutes(nb: dict) -> int:
+    """How long a notebook takes to read: 200 words or 15 lines of code a minute."""
+    texts = {kind: [source(cell) for cell in nb["cells"] if cell["cell_type"] == kind] for kind in ("markdown", "code")}
+    return round(sum(map(prose_words, texts["markdown"])) / 200 + sum(len(code_lines(text)) for text in texts["code"]) / 15)
+
+
 def course_map() -> str:
     """The table of the lessons: title and what it gives (its second line), how long it is to read and to run, and the
     deeper notebooks that go on from there."""
-    from style import minutes
     rows = ["| lesson | to read | to run | deeper, each of which may be skipped |", "|---|---|---|---|"]
-    deeper = {name_of(path).removeprefix("deeper/"): path for path in notebooks() if kind_of(path) == "deeper"}
-    for path in notebooks():
-        if kind_of(path) == "lesson":
-            title, about = title_of(path)
-            seconds = read(path)["metadata"].get("minigpt", {}).get("seconds")
-            more = [f"[{title_of(deeper[name])[0]}](deeper/{name}.ipynb) ({minutes(read(deeper[name]))} min)"
-                    for name in DEEPER.get(path.stem, []) if name in deeper]
-            rows.append(f"| [{path.name[:2]} {title}]({path.name}) <br>{about} | {minutes(read(path))} min "
-                        f"| {f'{seconds} s' if seconds else '-'} | {'<br>'.join(more)} |")
+    every = {name_of(path): path for path in notebooks()}
+    for path in [path for path in every.values() if kind_of(path) == "lesson"]:
+        title, about = title_of(path)
+        seconds = read(path)["metadata"].get("minigpt", {}).get("seconds")
+        names = [f"deeper/{name}" for name in DEEPER.get(path.name[:2], "").split()]
+        more = [f"[{title_of(every[name])[0]}]({name}.ipynb) ({minutes(read(every[name]))} min)"
+                for name in names if name in every]
+        rows.append(f"| [{path.name[:2]} {title}]({path.name}) <br>{about} | {minutes(read(path))} min "
+                    f"| {f'{seconds} s' if seconds else '-'} | {'<br>'.join(more)} |")
     return "\n".join(rows)
 
 

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from notebooks import LIB, exercises, kind_of, name_of, notebooks, read, source  # noqa: E402
+from notebooks import (LIB, code_lines, exercises, kind_of, minutes, name_of, notebooks, prose_words, read,  # noqa: E402
+                       source)
 
 # Names in all __all__ together: so many are left, and the number only goes down. The aim is 300.
 NAMES = 324
@@ -31,26 +32,9 @@ LESSON = {
 LIMITS = {"index": {"wide": (0, 0)}, "lesson": LESSON, "deeper": LESSON, "engine": {"module": (0, 450), "wide": (0, 0)}}
 
 
-def prose_words(text: str) -> int:
-    """Words of a Markdown cell, without code blocks, folded solutions and addresses."""
-    text = re.sub(r"<details>.*?</details>|```.*?```|\]\([^)]*\)|<[^>]+>", " ", text, flags=re.S)
-    return len(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text))
-
-
-def code_lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip() and not line.startswith("#|")]
-
-
 def public_names(module: Path) -> list[str]:
     found = re.search(r"^__all__ = (\[.*?\])", module.read_text(encoding="utf-8"), re.M | re.S)
     return ast.literal_eval(found[1]) if found else []
-
-
-def minutes(nb: dict) -> int:
-    """How long a notebook takes to read: 200 words or 15 lines of code a minute."""
-    words = sum(prose_words(source(cell)) for cell in nb["cells"] if cell["cell_type"] == "markdown")
-    lines = sum(len(code_lines(source(cell))) for cell in nb["cells"] if cell["cell_type"] == "code")
-    return round(words / 200 + lines / 15)
 
 
 def counts(nb: dict) -> dict[str, float]:
