@@ -141,7 +141,8 @@ def test_each_hint_is_a_heading_of_that_lesson():
         number, heading = re.fullmatch(r'lesson (\d\d), "(.+)"', part.lesson).groups()
         [path] = (ROOT / "nbs").glob(f"{number}_*.ipynb")
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        assert any("".join(cell["source"]).startswith(f"## {heading}") for cell in cells), part.lesson
+        lines = [line.rstrip() for cell in cells for line in cell["source"]]
+        assert f"## {heading}" in lines, part.lesson
 
 
 # ------------------------------------------------------------------ a file, and the command

@@ -15,7 +15,7 @@ from minigpt import __version__
 from minigpt.engine import options as opt
 from minigpt.engine.console import parse_settings, run_program
 from minigpt.engine.files import (refuse_existing, refuse_same,
-                                  refuse_unwritable)
+                                  refuse_unwritable, write_text)
 
 # %% ../../nbs/engine/cli.ipynb #app
 def _typer() -> typer.Typer:
@@ -442,3 +442,25 @@ def _lm_eval(context: typer.Context) -> None:
     """Run the lm-eval harness; all arguments are its own."""
     from minigpt.engine.lm_eval_adapter import run_lm_eval
     run_lm_eval(context.args)
+
+# %% ../../nbs/engine/cli.ipynb #exam
+@app.command("exam")
+def _exam(
+    file: opt.Answers, stubs: opt.Stubs = False,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Judge a BPE, attention, GPT-2, sampler, LoRA and BM25 of your own.
+
+    \b
+    Examples:
+      minigpt exam --stubs my.py
+      minigpt exam my.py
+
+    The exit code is 0 if all parts pass. The file is run: give your own.
+    """
+    from minigpt.engine.exam import STUBS, run_exam
+    if not stubs:
+        raise typer.Exit(run_exam(file))
+    refuse_existing(file, overwrite)
+    write_text(file, STUBS, overwrite=overwrite)
+    print(f"{file}: fill in what you like, then minigpt exam {file}")
