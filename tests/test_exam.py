@@ -153,8 +153,7 @@ def test_the_command_writes_stubs_once_and_judges_a_file(tmp_path):
     lines = minigpt("exam", path, code=1)[0].splitlines()
     assert len(lines) == 8 and all("not written yet (lesson " in line for line in lines[:7])
     assert lines[7] == "0 of 7 parts passed"
-    assert "--overwrite" in one_line("exam", "--stubs", path)
-    minigpt("exam", "--stubs", path, "--overwrite")
+    assert "my answers.py exists, and may hold your answers" in one_line("exam", "--stubs", path)
     path.write_text("def attention(q, k, v)\n    pass", encoding="utf-8")
     assert "my answers.py, line 1: no Python (expected ':')" in one_line("exam", path)
     assert "no such file" in one_line("exam", tmp_path / "none.py")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from minigpt.engine.console import explain
 from minigpt.engine.exam_parts import PARTS, Part
-from minigpt.engine.files import read_text
+from minigpt.engine.files import read_text, write_text
 
 # %% ../../nbs/engine/exam.ipynb #stubs
 STUBS = '''\
@@ -270,6 +270,15 @@ def _verdicts(path: Path, names: list[str], seconds: float) -> Iterator[str]:
                 return
 
 # %% ../../nbs/engine/exam.ipynb #run
+def write_stubs(path: Path) -> None:
+    """Write the file to fill in; FileExistsError if there is one."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists, and may hold your answers: "
+                              "give another name")
+    write_text(path, STUBS)
+    print(f"{path}: fill in what you like, then: minigpt exam {path}")
+
+
 def _is_stub(node: ast.FunctionDef) -> bool:
     """Whether there is nothing in it but a docstring, pass or raise."""
     return all(isinstance(line, (ast.Pass, ast.Raise))
