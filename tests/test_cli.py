@@ -127,6 +127,8 @@ BAD = [
     (["chat", "Hi", "--docs", ""], "'--docs': it is empty"),
     (["train", "--text", ""], "'--text': it is empty"),
     (["export", ""], "it is empty"),
+    (["exam", ""], "it is empty"),
+    (["exam", "no-such-file.py"], "no such file: "),
     (["plan", "--batch", "0"], "--batch"),
     (["plan", "--block-size", "0"], "--block-size"),
     (["plan", "--tokens", "nan"], "'--tokens': nan is no number"),
@@ -313,7 +315,7 @@ def every_command() -> dict[str, object]:
 
 def test_the_commands():
     assert set(every_command()) == {"chat", "ask", "index", "serve", "ui", "generate", "train", "finetune", "eval", "lm-eval",
-                                    "plan", "export", "tokenizer train", "data pack"}
+                                    "plan", "export", "exam", "tokenizer train", "data pack"}
 
 
 @pytest.mark.parametrize("name", sorted(set(every_command()) - {"lm-eval"}))

@@ -14,8 +14,6 @@ import typer
 from minigpt import __version__
 from minigpt.engine import options as opt
 from minigpt.engine.console import parse_settings, run_program
-from minigpt.engine.files import (refuse_existing, refuse_same,
-                                  refuse_unwritable)
 
 # %% ../../nbs/engine/cli.ipynb #app
 def _typer() -> typer.Typer:
@@ -276,16 +274,9 @@ def _tokenizer_train(
 
     Example: minigpt tokenizer train book.txt my-tokenizer --vocab-size 4000
     """
-    refuse_existing(folder / "tokenizer.json", overwrite)
-    refuse_unwritable(folder)
-    from minigpt.data import text_of
-    from minigpt.chat_format import CHAT_TOKENS
-    from minigpt.engine.tokenizer import Tokenizer
-    from minigpt.engine.runs import open_rows
-    tokenizer = Tokenizer.train(map(text_of, open_rows(source, chats)),
-                                vocab_size, CHAT_TOKENS, num_proc=num_proc)
-    tokenizer.save_pretrained(folder, overwrite=overwrite)
-    print(f"{tokenizer.vocab_size} ids in {folder}")
+    from minigpt.engine.runs import train_tokenizer
+    train_tokenizer(source, folder, vocab_size, chats=chats,
+                    num_proc=num_proc, overwrite=overwrite)
 
 # %% ../../nbs/engine/cli.ipynb #data-pack
 @_data.command("pack")
@@ -298,16 +289,9 @@ def _data_pack(
 
     Example: minigpt data pack talks.jsonl talks.tokens --chats
     """
-    refuse_same(source, path)
-    refuse_existing(path, overwrite)
-    from minigpt.bpe import BPETokenizer
-    from minigpt.deeper.packing import pack
-    from minigpt.engine.runs import open_rows
-    packed = pack(open_rows(source, chats), path,
-                  BPETokenizer.from_pretrained(tokenizer), masked=chats,
-                  max_length=max_length, num_proc=num_proc,
-                  overwrite=overwrite)
-    print(f"{len(packed.ids):,} tokens in {path}")
+    from minigpt.engine.runs import pack_rows
+    pack_rows(source, path, tokenizer, chats=chats, max_length=max_length,
+              num_proc=num_proc, overwrite=overwrite)
 
 # %% ../../nbs/engine/cli.ipynb #train
 @app.command("train")
@@ -442,3 +426,18 @@ def _lm_eval(context: typer.Context) -> None:
     """Run the lm-eval harness; all arguments are its own."""
     from minigpt.engine.lm_eval_adapter import run_lm_eval
     run_lm_eval(context.args)
+
+# %% ../../nbs/engine/cli.ipynb #exam
+@app.command("exam")
+def _exam(file: opt.Answers, stubs: opt.Stubs = False) -> None:
+    """Judge a BPE, attention, GPT-2, sampler, LoRA and BM25 of your own.
+
+    \b
+    Examples:
+      minigpt exam --stubs my.py
+      minigpt exam my.py
+
+    The exit code is 0 if all parts pass. The file is run: give your own.
+    """
+    from minigpt.engine.exam import run_exam, write_stubs
+    raise typer.Exit(write_stubs(file) if stubs else run_exam(file))

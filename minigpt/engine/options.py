@@ -308,3 +308,9 @@ Price = Annotated[float | None, Option(
 Measure = Annotated[bool | None, Option(
     "--measure/--estimate", help="Time a few steps (this machine), or "
     "estimate.")]
+
+# %% ../../nbs/engine/options.ipynb #exam
+Answers = Annotated[Path, Argument(
+    metavar="FILE", parser=path, help="A Python file: your own functions.")]
+Stubs = Annotated[bool, Option(
+    "--stubs", help="Write the file: the functions, to be filled in.")]

@@ -11,6 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from minigpt.engine.files import (refuse_existing, refuse_same,
+                                  refuse_unwritable)
+
 # %% ../../nbs/engine/runs.ipynb #open-rows
 def open_rows(source: str,  # a file, a folder or a hub name
               chats: bool   # True: it holds conversations
@@ -18,6 +21,35 @@ def open_rows(source: str,  # a file, a folder or a hub name
     """Texts, or conversations, one after the other."""
     from minigpt.engine.dataset_readers import load_chats, load_text
     return (load_chats if chats else load_text)(source, streaming=True)
+
+# %% ../../nbs/engine/runs.ipynb #train-tokenizer
+def train_tokenizer(source: str, folder: Path, vocab_size: int,
+                    *, chats: bool, num_proc: int, overwrite: bool) -> None:
+    """Learn a vocabulary from rows, with the chat tokens, and save it."""
+    refuse_existing(folder / "tokenizer.json", overwrite)
+    refuse_unwritable(folder)
+    from minigpt.chat_format import CHAT_TOKENS
+    from minigpt.data import text_of
+    from minigpt.engine.tokenizer import Tokenizer
+    tokenizer = Tokenizer.train(map(text_of, open_rows(source, chats)),
+                                vocab_size, CHAT_TOKENS, num_proc=num_proc)
+    tokenizer.save_pretrained(folder, overwrite=overwrite)
+    print(f"{tokenizer.vocab_size} ids in {folder}")
+
+# %% ../../nbs/engine/runs.ipynb #pack-rows
+def pack_rows(source: str, path: Path, tokenizer: str | None,
+              *, chats: bool, max_length: int | None, num_proc: int,
+              overwrite: bool) -> None:
+    """Encode rows into one token file."""
+    refuse_same(source, path)
+    refuse_existing(path, overwrite)
+    from minigpt.bpe import BPETokenizer
+    from minigpt.deeper.packing import pack
+    packed = pack(open_rows(source, chats), path,
+                  BPETokenizer.from_pretrained(tokenizer), masked=chats,
+                  max_length=max_length, num_proc=num_proc,
+                  overwrite=overwrite)
+    print(f"{len(packed.ids):,} tokens in {path}")
 
 # %% ../../nbs/engine/runs.ipynb #make-recipe
 def make_recipe(text: Sequence[str],      # sources of plain text
