@@ -22,8 +22,8 @@ def pick(logits: Tensor,                 # (B, V)
          ) -> list[int]:                 # B ids
     """Draw from softmax(logits); ValueError for NaN, or without a token."""
     from minigpt.engine.checks import check_logits
-    check_logits(logits)
     ends = logits.softmax(-1, dtype=torch.float64).cpu().cumsum(-1)
+    check_logits(logits, ends[:, -1])
     u = torch.tensor([[rng.random()] for rng in rngs], dtype=torch.float64)
     hit = torch.searchsorted(ends, u * ends[:, -1:], right=True)  # (B, 1)
     return hit[:, 0].tolist()
@@ -32,8 +32,9 @@ def pick(logits: Tensor,                 # (B, V)
 def pick_best(logits: Tensor) -> list[int]:  # (B, V) -> B ids
     """The token with the largest logit in each row; raises as `pick`."""
     from minigpt.engine.checks import check_logits
-    check_logits(logits)
-    return logits.argmax(-1).tolist()
+    best = logits.max(-1)                      # the values and where they are
+    check_logits(logits, best.values)
+    return best.indices.tolist()
 
 # %% ../nbs/05_generation.ipynb #processor
 Ids = list[list[int]]
@@ -120,8 +121,7 @@ class RepetitionPenalty:
     def __call__(self, ids: Ids, logits: Tensor, step: int) -> Tensor:
         logits = logits.clone()
         for row, said in zip(logits, ids):
-            said = said if self.prompt else said[len(said) - step:]
-            seen = list(set(said))
+            seen = list(set(said if self.prompt else said[len(said) - step:]))
             old = row[seen]
             row[seen] = torch.where(old < 0, old * self.penalty,
                                     old / self.penalty)

@@ -208,6 +208,10 @@ def test_pick_never_takes_a_forbidden_token():
     assert g.pick(logits, [Edge(0.0)]) == [1]
     assert g.pick(logits, [Edge(0.5)]) == [3]
     assert g.pick(logits, [Edge(1 - 2**-53)]) == [3]
+    assert g.pick_best(logits) == [1]                      # of equal ones, the first
+    for forbidden in (torch.full((1, 5), -INF), torch.tensor([[0.0, 1.0], [-INF, -INF]])):
+        with pytest.raises(ValueError, match="no token is left"):
+            g.pick_best(forbidden)
     with pytest.raises(ValueError, match="no token is left"):
         g.pick(torch.full((1, 5), -INF), [Edge(0.3)])
     with pytest.raises(ValueError, match="no token is left"):

@@ -183,6 +183,39 @@ def test_every_strategy(folder, small):
     assert begun["text"].startswith("So it") and begun["tokens"] == 6
 
 
+@pytest.mark.parametrize("least", [0, 5])
+@pytest.mark.parametrize("case", ["ids and a text", "a text with its space", "the end"])
+def test_biases_and_a_least_length_equal_transformers(folder, small, case, least):
+    """Greedy texts of the command, and those of transformers with its own processors."""
+    import torch
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = small
+    ids, stop = tokenizer.encode_ordinary("One day"), [0, 1, 2]
+    end, cat, spaced = tokenizer.encode("<|im_end|>cat cat", allowed_special="all")
+    plain = generate(model, ids, temperature=0, max_new_tokens=12, stop_ids=stop).ids
+    flags, bias = {
+        "ids and a text": ([f"{plain[0]}=-100", f"{plain[1]}=-1.5", "cat=+4"], {plain[0]: -100, plain[1]: -1.5, cat: 4, spaced: 4}),
+        "a text with its space": ([" cat=.5", " cat=60"], {spaced: 60}), "the end": (["<|im_end|>=60"], {end: 60})}[case]
+    hf = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    rules = [transformers.SequenceBiasLogitsProcessor({(i,): float(value) for i, value in bias.items()}),
+             transformers.MinNewTokensLengthLogitsProcessor(len(ids), least, stop, device="cpu")]
+    x = torch.tensor([ids])
+    out = hf.generate(x, attention_mask=torch.ones_like(x), logits_processor=transformers.LogitsProcessorList(rules), do_sample=False,
+                      max_new_tokens=12, eos_token_id=stop, pad_token_id=0, repetition_penalty=1.0)[0, len(ids):].tolist()
+    want = out[:-1] if out[-1] in stop else out
+    row = json.loads(run("One day", "--model", folder, "--max-new-tokens", 12, "--temperature", 0, "--min-new-tokens", least,
+                         *(word for flag in flags for word in ("--logit-bias", flag)))[0])
+    assert (row["tokens"], row["text"]) == (len(want), tokenizer.decode(want).rstrip("\ufffd")) and want != plain
+    assert case != "the end" or len(want) == least and row["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("strategy", [["--num-beams", 2], ["--draft", "ngram"], ["--temperature", 2, "--seed", 1]])
+def test_a_least_length_in_every_strategy(folder, strategy):
+    row = json.loads(run("One day", "--model", folder, "--max-new-tokens", 12, "--min-new-tokens", 5, "--logit-bias", "<|im_end|>=60",
+                         *strategy)[0])
+    assert row["tokens"] == 5 and row["finish_reason"] == "stop"
+
+
 def test_json_by_a_schema_and_choices(folder, tmp_path):
     """Several texts of a model that says anything, in little room; each ends and is valid."""
     schema = {"type": "object", "required": ["name", "tags"], "properties": {
@@ -244,7 +277,14 @@ def test_a_chat_and_a_stop_string_through_a_pipe():
     (["word " * 80], b"", "exceed the context of 64"), (["x", "--max-new-tokens", "99"], b"", "exceed the context of 64"),
     (["x", "--overflow", "wrap"], b"", "overflow='wrap'"), (["x", "--num-return", "0"], b"", "--num-return 0"),
     (["x", "--guesses", "0"], b"", "--guesses 0"),
-    (["x", "--early-stopping", "soon"], b"", "--early-stopping 'soon'")])
+    (["x", "--early-stopping", "soon"], b"", "--early-stopping 'soon'"),
+    (["x", "--logit-bias", "cat"], b"", "--logit-bias 'cat' must be TEXT=NUMBER or ID=NUMBER"),
+    (["x", "--logit-bias", "cat=nan"], b"", "'cat=nan' must be"), (["x", "--logit-bias", "=1"], b"", "'=1' must be"),
+    (["x", "--logit-bias", "cat=" + "9" * 400], b"", "logit_bias=inf must be a finite number"),
+    (["x", "--logit-bias", "20000=1"], b"", "there is no token 20000, the ids are 0 to 19999"),
+    (["x", "--logit-bias", "hippopotamus rides=1"], b"", "'hippopotamus rides' is 6 tokens, and a bias is for one"),
+    (["x", "--min-new-tokens", "-1"], b"", "min_new_tokens=-1 must be 0 or more"),
+    (["x", "--min-new-tokens", "9", "--max-new-tokens", "8"], b"", "--min-new-tokens 9 must be at most --max-new-tokens 8")])
 def test_errors_are_one_line(folder, arguments, data, message):
     if "--model" not in arguments:
         arguments = [*arguments, "--model", folder]
@@ -267,7 +307,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.decode()
     out, _ = run("--help")
-    for flag in ("--num-return", "--num-beams", "--draft", "--regex", "--json-schema", "--typical-p", "--overflow"):
+    for flag in ("--num-return", "--num-beams", "--draft", "--regex", "--json-schema", "--typical-p", "--overflow", "--logit-bias", "--min-new-tokens"):
         assert flag in out
 
 

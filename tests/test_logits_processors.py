@@ -97,7 +97,7 @@ def test_a_least_length_holds_in_the_loop():
     (lambda: Typical(2), "typical_p=2"), (lambda: NoRepeatNGram(0), "no_repeat_ngram_size=0"),
     (lambda: BannedWords([[]]), "banned_words"), (lambda: FrequencyPenalty(INF), "frequency_penalty=inf"),
     (lambda: PresencePenalty(float("nan")), "presence_penalty=nan"), (lambda: LogitBias({1: INF}), "logit_bias=inf"),
-    (lambda: MinLength(-1, [0]), "min_length=-1")])
+    (lambda: MinLength(-1, [0]), "min_new_tokens=-1")])
 def test_bad_values(make, message):
     with pytest.raises(ValueError) as error:
         make()

@@ -203,9 +203,10 @@ def _generate(
     format: opt.Format = "jsonl", model: opt.Model = None,
     chat: opt.AsChat = False, num_return: opt.NumReturn = 1,
     batch_size: opt.BatchSize = 8, seed: opt.Seed = None,
-    max_new_tokens: opt.MaxNewTokens = 128, temperature: opt.Temperature = 1.0,
+    max_new_tokens: opt.MaxNewTokens = 128,
+    min_new_tokens: opt.MinNewTokens = 0, temperature: opt.Temperature = 1.0,
     top_k: opt.TopK = None, top_p: opt.TopP = None, min_p: opt.MinP = None,
-    typical_p: opt.TypicalP = None,
+    typical_p: opt.TypicalP = None, logit_bias: opt.LogitBias = [],
     repetition_penalty: opt.RepetitionPenalty = 1.0,
     presence_penalty: opt.PresencePenalty = 0.0,
     frequency_penalty: opt.FrequencyPenalty = 0.0,
@@ -230,6 +231,7 @@ def _generate(
       cat questions.txt | minigpt generate --chat --format text
       minigpt generate --chat "Is the sun hot?" --choice Yes. --choice No.
       minigpt generate --chat "Make up a pet." --json-schema pet.json
+      minigpt generate "My" --logit-bias cat=2 --min-new-tokens 20
 
     Each result is one line of JSON: prompt, text, tokens, finish_reason
     (stop or length) and logprob (or score, for beams).
@@ -256,7 +258,8 @@ def _generate(
     gpt, tokenizer = files.open_pair(model, device, int8)
     options = files.with_texts(options, tokenizer, ban=ban, begin=begin,
                                ignore_end=ignore_end, pattern=pattern,
-                               stop=stop)
+                               stop=stop, bias=logit_bias,
+                               min_new_tokens=min_new_tokens)
     rows = files.generate_rows(
         gpt, tokenizer, texts, options, chat=chat, int8=int8, beams=beams,
         num_return=num_return, batch_size=batch_size, draft=draft,

@@ -129,22 +129,68 @@ def more_rules(typical_p: float | None, presence_penalty: float,
     return [rule(value) for rule, value, off in flags
             if value not in (off, None)]
 
+# %% ../../nbs/engine/generate_files.ipynb #biases
+def _read_biases(flags: Sequence[str],  # "TEXT=NUMBER" or "ID=NUMBER"
+                 tokenizer) -> dict[int, float]:
+    """What to add to the logits of which ids, as `LogitBias` takes it.
+
+    Raises ValueError for another form, a text of several tokens and an id
+    that there is not.
+    """
+    bias = {}
+    for flag in flags:
+        match = re.fullmatch(r"(.+)=([-+]?\d*\.?\d+)", flag, re.DOTALL)
+        if not match:
+            raise ValueError(f"--logit-bias {flag!r} must be TEXT=NUMBER or "
+                             "ID=NUMBER, such as cat=2.5")
+        text, number = match.groups()
+        for i in _tokens_of(text, tokenizer):
+            bias[i] = float(number)
+    return bias
+
+
+def _tokens_of(text: str, tokenizer) -> set[int]:
+    """The ids that a text stands for: one, or two with a space before it."""
+    if text.isdecimal():
+        if int(text) >= tokenizer.vocab_size:
+            raise ValueError(f"--logit-bias: there is no token {text}, the "
+                             f"ids are 0 to {tokenizer.vocab_size - 1}")
+        return {int(text)}
+    if text in tokenizer.special_tokens:
+        return {tokenizer.special_tokens[text]}
+    forms = [tokenizer.encode_ordinary(form)
+             for form in (text, " " + text.lstrip())]
+    ids = {form[0] for form in forms if len(form) == 1}
+    if not ids:
+        raise ValueError(f"--logit-bias: {text!r} is {len(forms[0])} tokens, "
+                         "and a bias is for one: give an id, such as "
+                         f"{forms[0][0]}=1")
+    return ids
+
 # %% ../../nbs/engine/generate_files.ipynb #with-texts
 def with_texts(options, tokenizer, *,
                ban: Sequence[str] = (),     # never drawn
                begin: str = "",             # how each text begins
                ignore_end: bool = False,    # never end early
                pattern=None,                # of `read_pattern`
-               stop: Sequence[str] = ()     # what ends a text
+               stop: Sequence[str] = (),    # what ends a text
+               bias: Sequence[str] = (),    # "TEXT=NUMBER", for its logits
+               min_new_tokens: int = 0      # before it no end token is drawn
                ):
     """The `Options` with those that need a tokenizer.
 
     The tokenizer's special tokens end a text; with `ignore_end` they are
     neither drawn nor end it.
+
+    Raises ValueError for a bad bias or least length.
     """
     from dataclasses import replace
-    from minigpt.engine.logits_processors import (BannedTokens, BannedWords,
-                                                  ForcedTokens)
+    from minigpt.engine.logits_processors import (
+        BannedTokens, BannedWords, ForcedTokens, LogitBias, MinLength)
+    longest = options.max_new_tokens
+    if longest is not None and min_new_tokens > longest:
+        raise ValueError(f"--min-new-tokens {min_new_tokens} must be at most "
+                         f"--max-new-tokens {longest}")
     from minigpt.engine.streaming import StopStrings
     special = tuple(sorted(tokenizer.special_tokens.values()))
     stop_ids = () if ignore_end else special
@@ -153,8 +199,11 @@ def with_texts(options, tokenizer, *,
               tokenizer.encode_ordinary(" " + text.lstrip()))]
     texts = [(BannedTokens, special if ignore_end else ()),
              (BannedWords, words),
-             (ForcedTokens, tokenizer.encode_ordinary(begin))]
+             (ForcedTokens, tokenizer.encode_ordinary(begin)),
+             (LogitBias, _read_biases(bias, tokenizer))]
     rules = [*options.processors, *(rule(ids) for rule, ids in texts if ids)]
+    if min_new_tokens:
+        rules.append(MinLength(min_new_tokens, stop_ids))
     if pattern is not None:
         from minigpt.deeper.constrained import RegexConstraint
         rules.append(RegexConstraint(pattern, tokenizer, stop_ids,

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/engine/logits_processors.ipynb #imports
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -35,44 +36,32 @@ class Typical:
         drop = (far > worst).scatter(-1, order, far > worst)
         return logits.masked_fill(drop, -torch.inf)
 
-# %% ../../nbs/engine/logits_processors.ipynb #countnew
-def _count_new(ids: Ids, step: int, vocab_size: int) -> Tensor:
-    """How often each token is among the last `step` of each row, (B, V)."""
-    new = [torch.tensor(row[len(row) - step:], dtype=torch.long)
-           for row in ids]
-    return torch.stack([row.bincount(minlength=vocab_size) for row in new])
-
-# %% ../../nbs/engine/logits_processors.ipynb #presence
-class PresencePenalty:
-    """Subtract `penalty` from the logit of every token that occurs among
-    the new tokens of its row."""
-    stage = "penalty"
-
-    def __init__(self, penalty: float  # 0 is off; below 0 favours repetition
-                 ):
-        check(abs(penalty) < float("inf"), "presence_penalty", penalty,
-              "a finite number (0 is off)")
-        self.penalty = penalty
-
-    def __call__(self, ids: Ids, logits: Tensor, step: int) -> Tensor:
-        said = _count_new(ids, step, logits.shape[-1]) > 0  # (B, V)
-        return logits - self.penalty * said.to(logits.device)
-
 # %% ../../nbs/engine/logits_processors.ipynb #frequency
 class FrequencyPenalty:
     """Subtract `penalty` for each time that a token occurs among the new
     tokens of its row."""
-    stage = "penalty"
+    stage, name, once = "penalty", "frequency_penalty", False
 
     def __init__(self, penalty: float  # 0 is off; below 0 favours repetition
                  ):
-        check(abs(penalty) < float("inf"), "frequency_penalty", penalty,
+        check(abs(penalty) < float("inf"), self.name, penalty,
               "a finite number (0 is off)")
         self.penalty = penalty
 
     def __call__(self, ids: Ids, logits: Tensor, step: int) -> Tensor:
-        times = _count_new(ids, step, logits.shape[-1])    # (B, V)
-        return logits - self.penalty * times.to(logits.device)
+        logits = logits.clone()
+        for row, said in zip(logits, ids):
+            new = said[len(said) - step:]
+            times = Counter(set(new) if self.once else new)
+            amount = torch.tensor(list(times.values())).to(logits)
+            row[list(times)] -= self.penalty * amount
+        return logits
+
+# %% ../../nbs/engine/logits_processors.ipynb #presence
+class PresencePenalty(FrequencyPenalty):
+    """Subtract `penalty` from the logit of every token that occurs among
+    the new tokens of its row, however often."""
+    name, once = "presence_penalty", True
 
 # %% ../../nbs/engine/logits_processors.ipynb #inside
 def _inside(name: str, ids: Sequence[int], logits: Tensor) -> Tensor:
@@ -155,7 +144,7 @@ class MinLength:
 
     def __init__(self, n: int,              # new tokens, at least
                  stop_ids: Sequence[int]):  # the tokens that end a text
-        check(n >= 0, "min_length", n, "0 or more")
+        check(n >= 0, "min_new_tokens", n, "0 or more")
         self.n, self.stop_ids = n, list(stop_ids)
 
     def __call__(self, ids: Ids, logits: Tensor, step: int) -> Tensor:

@@ -77,6 +77,8 @@ Log = Annotated[bool, Option(
 Seed = Annotated[int | None, Option(
     help="Makes it repeatable; of several texts, text i has seed + i.")]
 MaxNewTokens = Annotated[int, Option(help="The longest text, in tokens.")]
+MinNewTokens = Annotated[int, Option(
+    help="The shortest; before it no end token is drawn.")]
 Temperature = Annotated[float, Option(help=(
     "0 always takes the likeliest token; more is more varied."))]
 TopK = Annotated[int | None, Option(
@@ -92,6 +94,8 @@ PresencePenalty = Annotated[float, Option(help="For tokens said before.")]
 FrequencyPenalty = Annotated[float, Option(help="The same, each time.")]
 NoRepeat = Annotated[int | None, Option(
     "--no-repeat-ngram-size", help="No such sequence twice.")]
+LogitBias = Annotated[list[str], Option(metavar="TEXT=NUMBER", help=(
+    "Add it to the logit of one token, a text or an id; repeatable."))]
 Ban = Annotated[list[str], Option(help="A text never to draw; repeatable.")]
 Begin = Annotated[str, Option(help="How each text has to begin.")]
 Stop = Annotated[list[str], Option(help="A text that ends it; repeatable.")]
