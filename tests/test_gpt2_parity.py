@@ -113,6 +113,33 @@ def test_an_exported_folder_says_how_the_session_draws(tmp_path, shipped):
     assert front["license"] == "mit" and front["language"] == "en"
 
 
+def test_generate_of_transformers_draws_as_the_session_does(tmp_path, shipped):
+    """Told nothing of how to draw, it draws from our logits under the session's settings, worked out here by hand."""
+    from minigpt.chat import ChatSession
+    tokenizer = Tokenizer.from_pretrained()
+    shipped.save_pretrained(tmp_path / "out", tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    asked = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
+        [{"role": "user", "content": "What is a whale?"}], add_generation_prompt=True,
+        return_tensors="pt", return_dict=True)
+    torch.manual_seed(0)
+    drawn = theirs.generate(**asked, max_new_tokens=6, return_dict_in_generate=True, output_scores=True)
+    session, length = ChatSession(shipped, tokenizer), asked["input_ids"].shape[1]
+    for n, (scores,) in enumerate(drawn.scores):
+        ids = drawn.sequences[0, :length + n]
+        with torch.no_grad():
+            logits = shipped(ids[None])[0, -1]
+        for i in set(ids.tolist()):            # transformers' penalty counts the prompt's tokens too
+            logits[i] *= session.repetition_penalty ** (1 if logits[i] < 0 else -1)
+        best = (logits / session.temperature).topk(session.top_k)
+        above = best.values.softmax(0).cumsum(0) - best.values.softmax(0)
+        kept = best.indices[above < session.top_p]
+        assert scores.isfinite().nonzero().flatten().tolist() == sorted(kept.tolist())
+        assert torch.allclose(scores[kept], best.values[:len(kept)], atol=1e-3)
+    ends = {tokenizer.special_tokens[name] for name in ("<|endoftext|>", "<|im_end|>")}
+    assert set(theirs.generation_config.eos_token_id) == ends
+
+
 @pytest.mark.parametrize("layout", ["sharded", "no prefix"])
 def test_other_layouts_of_the_hub(tmp_path, layout):
     from safetensors.torch import load_file, save_file
