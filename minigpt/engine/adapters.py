@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .files import atomic_folder, read_json, write_json
 from .kernels import first_order
-from .weights import (hf_name, model_class, our_name,
+from .weights import (empty_model, hf_name, our_name,
                                     plain_weights, read_tensors)
 from ..gpt2 import GPT2
 from ..lora import (LoraConfig, LoraLinear, adapters_of, apply_lora,
@@ -321,8 +321,7 @@ def adapted(model: GPT2,  # stays as it is
             A, B = (part[k].to(old.device, torch.float32) for k in "AB")
             new = old.float().addmm(B, A, alpha=config.scale)
             weights[f"{layer}.weight"] = new.to(old.dtype)
-    with torch.device("meta"):
-        plain = model_class(model.config)(model.config)
+    plain = empty_model(model.config)
     weights = {name: t.to(model.dtype) for name, t in weights.items()}
     plain.load_state_dict(weights, assign=True)
     return plain.train(model.training)

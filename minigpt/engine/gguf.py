@@ -237,6 +237,8 @@ class GGUF:
             values[a // size * numbers:][:len(part)] = part
         if not np.isfinite(values).all():
             raise ValueError(f"{self.path}: {name} holds NaN or infinity")
+        if hasattr(mmap, "MADV_DONTNEED"):  # the system may drop its pages
+            self._data.madvise(mmap.MADV_DONTNEED)
         return values.reshape(info.shape)
 
 # %% ../../nbs/engine/gguf.ipynb #write-1

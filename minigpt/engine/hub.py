@@ -17,7 +17,7 @@ from ..bpe import BPETokenizer
 from .devices import pick_device, pick_dtype
 from .files import (
     ASSETS, atomic_folder, read_json, reading, write_json)
-from .weights import (hf_weights, int8_weights, model_class,
+from .weights import (empty_model, hf_weights, int8_weights,
                                     read_weights, write_tensors)
 from ..gpt2 import GPT2, GPT2Config
 
@@ -162,8 +162,7 @@ def load_model(name_or_folder: str | Path | None = None,  # None: the shipped
     else:
         config = replace(read_config(folder), dropout=dropout)
         weights = read_weights(folder, config, dtype)
-    with torch.device("meta"):
-        model = model_class(config)(config)
+    model = empty_model(config)
     model.load_state_dict(weights, assign=True)
     return model.to(place).eval()
 
@@ -194,8 +193,7 @@ def load_pair(model: GPT2 | str | Path | None = None,  # None: the shipped one
 def _model_card(config: GPT2Config,  # the shape of a model
                 ) -> str:
     """The README.md of a saved model: what it is and how it is opened."""
-    with torch.device("meta"):
-        parts = model_class(config)(config).parameters()
+    parts = empty_model(config).parameters()
     count, kind = sum(p.numel() for p in parts), config.model_type
     title = {"gpt2": "GPT-2", "llama": "Llama"}.get(kind, kind.title())
     return f"""---

@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/engine/int8.ipynb #imports
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from .hub import find_model, read_config
 from .kernels import Int8Linear
-from .weights import (model_class, quantize_rows,
+from .weights import (empty_model, quantize_rows,
                                     read_weights)
 from ..gpt2 import GPT2, GPT2Config
 
@@ -64,12 +66,23 @@ def _fill(model: GPT2, read: Callable[[str], Tensor]) -> None:
                 nn.Parameter(read(name), requires_grad=False))
 
 
-def _give_back() -> None:
-    """Let glibc return free memory to the system; nothing elsewhere."""
+@contextmanager
+def _small_memory() -> Iterator[None]:
+    """Let glibc give each matrix pages of its own, which it touches only as
+    far as they are used, and return at the end what is free; on other
+    systems nothing."""
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        glibc = ctypes.CDLL("libc.so.6")
+        at_least, trim = partial(glibc.mallopt, -3), glibc.malloc_trim
     except (OSError, AttributeError):
-        pass
+        yield
+        return
+    at_least(2**16)          # M_MMAP_THRESHOLD of malloc.h, in bytes
+    try:
+        yield
+    finally:
+        at_least(2**25)
+        trim(0)
 
 
 def _reader(path: Path) -> tuple[GPT2Config, Callable[[str], Tensor]]:
@@ -89,11 +102,9 @@ def load_int8(name_or_folder: str | Path | None = None,  # as for
 
     It can't be trained or saved. Raises what GPT2.from_pretrained raises.
     """
-    config, read = _reader(find_model(name_or_folder))
-    with torch.device("meta"):
-        model = model_class(config)(config)
-    with torch.no_grad():
+    with _small_memory(), torch.no_grad():
+        config, read = _reader(find_model(name_or_folder))
+        model = empty_model(config)
         _fill(model, read)
-    del read
-    _give_back()
+        del read
     return model.eval()

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .files import read_json, reading
 from ..gpt2 import GPT2, GPT2Config
@@ -149,12 +150,29 @@ def dequantize_rows(steps: Tensor,  # int8 (R, C)
     """The matrix that quantize_rows() stored."""
     return steps.float().mul_(scale.float()[:, None])
 
+# %% ../../nbs/engine/weights.ipynb #no-draws
+class _NoDraws(TorchFunctionMode):
+    """Within it nn.init.normal_ does nothing: for a tensor without contents
+    torch would import its compiler, which takes over a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is nn.init.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def empty_model(config: GPT2Config) -> GPT2:
+    """A model whose tensors have shapes and no contents, on "meta"; filled by
+    load_state_dict(..., assign=True)."""
+    with torch.device("meta"), _NoDraws():
+        return model_class(config)(config)
+
+
 # %% ../../nbs/engine/weights.ipynb #promised
 def _promised(config: GPT2Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of each weight of a model, in order."""
-    with torch.device("meta"):
-        small = replace(config, n_layer=1)
-        one = model_class(config)(small).state_dict()
+    one = empty_model(replace(config, n_layer=1)).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in one.items()}
     block = {name.removeprefix("blocks.0."): shape for name, shape
              in shapes.items() if name.startswith("blocks.0.")}
