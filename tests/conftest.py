@@ -19,6 +19,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start inherit it, and get Ctrl-C
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run each notebook: the deeper ones and those of the engine as "
+                     "well, though their stamps say that their outputs come from this very code")
+
+
 @pytest.fixture
 def ledger(request):
     """`ledger(name, value, peer=..., bound=...)` notes a measured figure of exactness.
