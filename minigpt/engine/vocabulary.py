@@ -37,7 +37,7 @@ def from_visible(text: str) -> bytes:
 # %% ../../nbs/engine/vocabulary.ipynb #readable
 def readable(token: bytes, # its bytes
              ) -> str:
-    r"""A token as text for people: blanks as ␣, the rest escaped.
+    r"""A token as text for people: spaces as ␣, the rest escaped.
 
     Bytes that are no UTF-8 show as \xf0, a newline as \n. Two tokens may
     look alike: this is for reading, not for files.
