@@ -321,7 +321,8 @@ def test_a_stray_special_token_is_an_error(shipped):
     assert not set(shipped.encode_ordinary("<|im_start|>system")) & {0, 1, 2}
 
 
-@pytest.mark.parametrize("allowed, words", [("<|im_end|>", 'give "all" or a set'), ({"<|end|>"}, "<|end|>")])
+@pytest.mark.parametrize("allowed, words", [
+    ("<|im_end|>", 'give "all" or a set'), ({"<|end|>"}, "<|end|>"), ("none", 'give "all" or a set'), (None, "=None")])
 def test_unknown_allowed_special(allowed, words, shipped):
     with pytest.raises(ValueError, match="allowed_special") as info:
         shipped.encode("plain", allowed)

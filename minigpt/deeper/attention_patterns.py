@@ -20,7 +20,7 @@ def plot_heads(patterns: Tensor, tokens: Sequence[str],
 
     `tokens`: S labels, as for plot_weights. `titles`: one for each head,
     "head 0" and so on unless given. `size`: inches for each head. Returns
-    the matplotlib figure. Raises ValueError for a tensor of other sides.
+    the matplotlib figure. Raises ValueError for a tensor of other dimensions.
     """
     import matplotlib.pyplot as plt
     if patterns.ndim != 3:

@@ -204,7 +204,7 @@ def _gelu_piece(x: Tensor, y: Tensor, slope: Tensor | None,
 class TanhGELU(torch.autograd.Function):
     """GPT-2's GELU of 16-bit numbers on a CPU, any shape, piece by piece.
 
-    Keeps the slope for the way back, where other versions keep x.
+    Keeps the slope for the backward pass, where other versions keep x.
     """
     PIECE = 2**16  # numbers at a time, for each thread
 

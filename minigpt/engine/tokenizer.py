@@ -262,8 +262,8 @@ class Tokenizer(BPETokenizer):
         name that is none.
         """
         if allowed_special != "all":
-            unknown = set(allowed_special) - set(self.special_tokens)
-            if isinstance(allowed_special, str) or unknown:
+            if (allowed_special is None or isinstance(allowed_special, str)
+                    or set(allowed_special) - set(self.special_tokens)):
                 raise ValueError(
                     f"allowed_special={allowed_special!r}: give \"all\" or a "
                     f"set of {sorted(self.special_tokens)}")

@@ -37,7 +37,7 @@ def from_visible(text: str) -> bytes:
 # %% ../../nbs/engine/vocabulary.ipynb #readable
 def readable(token: bytes, # its bytes
              ) -> str:
-    r"""A token as text for people: blanks as ␣, the rest escaped.
+    r"""A token as text for people: spaces as ␣, the rest escaped.
 
     Bytes that are no UTF-8 show as \xf0, a newline as \n. Two tokens may
     look alike: this is for reading, not for files.
@@ -174,11 +174,12 @@ def find_tokenizer(name: str | Path | None,  # None: the shipped one
     try:
         return Path(snapshot_download(str(name), revision=revision,
                                       allow_patterns=wanted))
-    except Exception as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise FileNotFoundError(
             f"no folder {str(name)!r}, and no such tokenizer came from the "
-            f"hub ({type(error).__name__}): check the name and the network "
-            "(with HF_HUB_OFFLINE=1 only what was loaded before is there)"
+            "hub: check the name and the network (with HF_HUB_OFFLINE=1 only "
+            f"what was loaded before is there). The hub says: {reason}"
             ) from error
 
 # %% ../../nbs/engine/vocabulary.ipynb #distinct
