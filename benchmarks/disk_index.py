@@ -33,7 +33,7 @@ def write_files(folder: Path, n: int) -> list[list[str]]:
 def build(folder: str, to: str) -> float:
     from minigpt import Index
     start = time.perf_counter()
-    Index.build(folder, to, size=120, overlap=0)
+    Index.build(folder, to, size=200, overlap=0)
     return time.perf_counter() - start
 
 
