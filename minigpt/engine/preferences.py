@@ -6,6 +6,7 @@
 __all__ = ['load_pairs', 'dpo']
 
 # %% ../../nbs/engine/preferences.ipynb #imports
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
@@ -173,6 +174,10 @@ def check_dpo(config: TrainConfig, beta: float, world: int = 1) -> None:
                          f"{unit}, such as {size + unit - size % unit}")
 
 # %% ../../nbs/engine/preferences.ipynb #dpo
+_UNMOVED = {"loss": math.log(2), "prefers": 0.5, "chosen": 0.0,
+            "rejected": 0.0}
+
+
 def dpo(model: GPT2,
         pairs: Any = None,   # a list, or what `load_pairs` reads
         *, tokenizer: BPETokenizer,
@@ -204,12 +209,9 @@ def dpo(model: GPT2,
     check_dpo(config, beta, ranks.world)
     rows.share(config, ranks, size=2)
     dtype = pick_dtype(ranks.device, config.dtype, training=True)
-    before: dict[str, float] = {}
     with evaluating(model.to(ranks.device)):
         frozen = pair_logprobs(model, rows.encoded, dtype=dtype)
-        if judge:
-            reference = pair_logprobs(model, judge)
-            before = measure_pairs(model, judge, reference, beta)
+        reference = pair_logprobs(model, judge) if judge else None
 
     def stepper(model: GPT2, config: TrainConfig, ranks: Ranks) -> PairStepper:
         return PairStepper(model, config, ranks, rows, frozen, beta)
@@ -217,7 +219,8 @@ def dpo(model: GPT2,
     trained = train(model, Phase(rows, loss="answers"), config, out=out,
                     resume=resume, tokenizer=tokenizer, callbacks=callbacks,
                     progress=progress, stepper=stepper)
-    result = FinetuneResult(**vars(trained), before=before)
+    result = FinetuneResult(**vars(trained),
+                            before=dict(_UNMOVED) if judge else {})
     save_tuned(result, tokenizer, ranks)
     if judge and not trained.stopped:
         result.after = measure_whole(model, lambda tuned: measure_pairs(
