@@ -139,8 +139,9 @@ def read_upload(data: bytes,
         messages = parse_transcript(data, name)
     except ValueError as error:
         raise ValueError(f"{error!s:.200}") from None
-    system = " with its system text" * (messages[0]["role"] == "system")
-    return messages, f"Opened {name}{system}."
+    if messages[0]["role"] == "system":
+        return messages, f"Opened {name} with its system text."
+    return messages, f"Opened {name}."
 
 # %% ../../nbs/engine/chat_widget.ipynb #sources
 _MARK = "background:rgba(240,190,0,.35);color:inherit"

@@ -75,7 +75,7 @@ def _chat(
       minigpt chat --continue
 
     In a pipe, all of the input is one message, and only the answer is
-    printed. With a PROMPT, piped input is not read.
+    printed. With a prompt, piped input is not read.
     """
     from minigpt.engine.terminal import chat
     chat(prompt, model, system=system, adapter=adapter, documents=documents,
@@ -121,11 +121,11 @@ def _index(
     \b
     Examples:
       minigpt index notes
-      minigpt index notes book.pdf --to my-index
+      minigpt index notes book.pdf --out my-index
     """
     first = sources[0]
     if to is None and (len(sources) > 1 or first.is_file()):
-        raise ValueError("say where the index should go, --to FOLDER: only "
+        raise ValueError("say where the index should go, --out FOLDER: only "
                          "that of one whole folder has a place by itself")
     from minigpt.engine.terminal import show_skipped
     from minigpt.engine.docstore import DOT, Index
@@ -227,7 +227,7 @@ def _generate(
     Examples:
       minigpt generate "One morning" --temperature 0.7 --top-p 0.9
       minigpt generate "One morning" --num-beams 4 --num-return 2
-      minigpt generate --file prompts.txt --output drawn.jsonl --seed 1
+      minigpt generate --file prompts.txt --out drawn.jsonl --seed 1
       cat questions.txt | minigpt generate --chat --format text
       minigpt generate --chat "Is the sun hot?" --choice Yes. --choice No.
       minigpt generate --chat "Make up a pet." --json-schema pet.json

@@ -189,7 +189,7 @@ def compare_tab(systems: Systems,
                for label, name in (("One", names[0]), ("The other", names[-1]))]
         rater = gr.Textbox(label="Your name", value="guest", max_length=80)
     prompt = gr.Textbox(label="Prompt", placeholder="A prompt for both",
-                        max_length=4000, submit_btn="Ask both",
+                        submit_btn="Ask both",
                         value="Tell me a short story about a fox and a kite.")
     with gr.Row():
         sides = [gr.Textbox(label=side, lines=8, interactive=False)
