@@ -16,10 +16,10 @@ import numpy as np
 import openai
 import pytest
 import torch
+from openai.types import Completion, CreateEmbeddingResponse, chat
 from test_server import ASK, JSON, call_raw, ids_of, said, send, small, pair, wait_until  # noqa: F401
 
-from minigpt.engine.api_schema import Limits
-from minigpt.engine.api_schema import as_api_error
+from minigpt.engine.api_schema import Limits, as_api_error
 from minigpt.engine.app import create_app
 from minigpt.engine.cache import KVCache
 from minigpt.engine.embedders import ModelEmbedder
@@ -48,6 +48,24 @@ def url(pair):  # noqa: F811
 def client(url):
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+@pytest.mark.parametrize("path, body, kind", [
+    ("chat/completions", {"messages": said("Hi"), "logprobs": True, "top_logprobs": 2, "n": 2}, chat.ChatCompletion),
+    ("chat/completions", {"messages": said("Hi"), "tools": TOOLS, "tool_choice": "required", "max_tokens": 40}, chat.ChatCompletion),
+    ("chat/completions", {"messages": said("Hi"), "logprobs": True, "stream": True, "stream_options": {"include_usage": True}},
+     chat.ChatCompletionChunk),
+    ("completions", {"prompt": ["One", "Two"], "logprobs": 2}, Completion),
+    ("embeddings", {"input": ["One", "Two"]}, CreateEmbeddingResponse)],
+    ids=["chat", "tool", "stream", "text", "embedding"])
+def test_bodies_are_of_openais_types(url, path, body, kind):
+    """OpenAI's client takes what it gets; its types, asked strictly, say whether every field is there and of its kind."""
+    body = {"model": "minigpt-chat", "max_tokens": 3} | body
+    data = send(url, "POST", f"/v1/{path}", json.dumps(body).encode(), JSON)[1]
+    events = [line[6:] for line in data.split(b"\n") if line.startswith(b"data: {")] or [data]
+    assert len(events) > 1 or "stream" not in body
+    for event in events:
+        kind.model_validate_json(event)
 
 
 # ------------------------------------------------------------------ forms and tools

@@ -181,6 +181,7 @@ def _serve(
       MINIGPT_API_KEY=... minigpt serve --host 0.0.0.0
       curl http://127.0.0.1:8000/v1/models
 
+    A page to chat stands at /, and /docs describes the API at /v1.
     Each adapter is a model of its own, called as its folder is. --temperature
     and --top-p are for requests that name none. Ctrl-C ends it once the
     running answers are done, or after --grace seconds; a second one at once.
@@ -407,7 +408,7 @@ def _eval(
     model: opt.Measured = "minigpt-chat",
     suite: opt.Suite = opt.SuiteName.quick, against: opt.Against = [],
     data: opt.HeldChats = None, out: opt.ReportFolder = None,
-    overwrite: opt.Overwrite = False, device: opt.Device = "auto",
+    overwrite: opt.Overwrite = False, device: opt.BestDevice = "auto",
     quiet: opt.Quiet = False,
 ) -> None:
     """Measure a model; print a table, write json and an html page.

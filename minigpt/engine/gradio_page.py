@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 from ..chat import ChatSession
+from .answers import place_of
 from .ballots import Ballot, Match, Votes
 from .files import ASSETS
 from .sessions import AdapterCache
@@ -229,8 +230,7 @@ def source_boxes(hits: Sequence  # what the session was given
     import gradio as gr
     return [gr.ChatMessage(
         as_shown(hit.text), metadata={"status": "done", "title": as_shown(
-            f"[{number}] " + ", ".join(filter(None, (
-                hit.source, hit.heading, hit.place))))})
+            f"[{number}] {place_of(hit)}")})
         for number, hit in enumerate(hits, 1)]
 
 # %% ../../nbs/engine/gradio_page.ipynb #controls

@@ -49,7 +49,7 @@ Model = Annotated[str | None, Option(parser=name, help=(
     "Folder, or name on the Hugging Face hub; default: the model that "
     "ships."))]
 Device = Annotated[str | None, Option(help=(
-    "cpu (if none is named), cuda, mps, or auto: the best there is."))]
+    "cpu, cuda, mps, or auto: the best there is; default: cpu."))]
 Threads = Annotated[int | None, Option(
     min=1, max=1024, help="Threads of the model; default: all.")]
 Adapter = Annotated[str | None, Option(
@@ -285,6 +285,8 @@ class SuiteName(str, Enum):
 
 Measured = Annotated[str, Argument(parser=name, help=(
     "Shipped model, folder, hub name, ngram or untrained."))]
+BestDevice = Annotated[str, Option(
+    "--device", help="cpu, cuda, mps, or auto: the best there is.")]
 Suite = Annotated[SuiteName, Option(help="How much to measure.")]
 Against = Annotated[list[str], Option(
     parser=name, help="Another model to compare with; repeatable.")]
