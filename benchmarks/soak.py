@@ -6,7 +6,8 @@ The server is `minigpt serve` with the shipped model, a process of its own on 12
 answered (half of them streamed), 15 are cancelled in the middle and 25 are bad. Each outcome is checked: answers are
 whole and have their usage, cancelled ones stop, bad ones get the error that they asked for, in OpenAI's shape. Status
 429 is an answer as well: that client waits as it is told, and tries again. Memory is the server's resident size, after
-`--warmup` requests, in which the prefix cache fills (4,096 tokens are 128 MiB), and at the end. The last line is JSON; the exit code is 1 if anything was not as it should be.
+`--warmup` requests, in which the prefix cache fills (4,096 tokens are 128 MiB), and at the end. The last line is JSON;
+the exit code is 1 if anything was not as it should be.
 """
 from __future__ import annotations
 
