@@ -248,7 +248,7 @@ def test_conversations_need_their_flag(talks):
 
 
 @pytest.mark.parametrize("command", [["data", "pack", "FILE", "FILE", "--chats", "--overwrite"],
-                                     ["generate", "--file", "FILE", "--output", "FILE", "--overwrite"]])
+                                     ["generate", "--file", "FILE", "--out", "FILE", "--overwrite"]])
 def test_what_is_read_is_not_written_over(command, talks):
     before = talks.read_bytes()
     assert "also what is read" in one_line(*[str(talks) if word == "FILE" else word for word in command])

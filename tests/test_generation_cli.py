@@ -73,16 +73,16 @@ def test_arguments_file_and_pipe_give_the_same(folder, small, tmp_path):
 
 def test_several_texts_to_a_file(folder, tmp_path):
     out = tmp_path / "out.jsonl"
-    run("One day", "--model", folder, "--num-return", 3, "--max-new-tokens", 4, "--output", out)
+    run("One day", "--model", folder, "--num-return", 3, "--max-new-tokens", 4, "--out", out)
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 3 and len({row["text"] for row in rows}) > 1
     before = out.read_bytes()
-    _, errors = run("One day", "--model", folder, "--output", out, code=2)
+    _, errors = run("One day", "--model", folder, "--out", out, code=2)
     assert "--overwrite" in errors and out.read_bytes() == before
 
 
 def test_a_bad_prompt_among_good_ones_writes_nothing(folder, tmp_path):
-    out, flags = tmp_path / "out.jsonl", ["--model", folder, "--max-new-tokens", 4, "--batch-size", 1, "--output"]
+    out, flags = tmp_path / "out.jsonl", ["--model", folder, "--max-new-tokens", 4, "--batch-size", 1, "--out"]
     _, errors = run("One day", "word " * 80, *flags, out, code=2)
     assert "exceed the context of 64" in errors and not out.exists()
     out.write_text("old", encoding="utf-8")
@@ -125,7 +125,7 @@ def test_overwriting_keeps_the_mode_and_a_pipe_is_written_to(folder, tmp_path):
     generate_files.write_rows([{"text": "new"}], old, True, overwrite=True)
     assert old.read_text(encoding="utf-8") == "new\n" and old.stat().st_mode & 0o777 == 0o600
     done = subprocess.run([sys.executable, "-m", "minigpt", "generate", "One day", "--model", folder, "--max-new-tokens", "4",
-                           "--output", "/dev/stdout", "--overwrite"], capture_output=True, text=True,
+                           "--out", "/dev/stdout", "--overwrite"], capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["prompt"] == "One day"

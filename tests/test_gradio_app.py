@@ -507,6 +507,13 @@ def test_bad_arguments_of_the_page(small, bad, match):
         ui.gradio_app(ChatSession(*small), **bad)
 
 
+def test_no_box_cuts_a_text_that_is_pasted(small, tmp_path):
+    """What is too long is refused with a reason, by the session; a box that cuts says nothing."""
+    page = ui.gradio_app(ChatSession(*small), votes=tmp_path / "votes")
+    most = {block.label: block.max_length for block in page.blocks.values() if type(block).__name__ == "Textbox"}
+    assert most.pop("Your name") and {"Message", "Prompt", "System text"} <= most.keys() and not any(most.values())
+
+
 def test_bad_settings_are_told(small):
     session = ChatSession(*small)
     gradio_page.set_up(session, [0.5, 0, 1, 64])

@@ -864,9 +864,9 @@ def test_an_index_of_files_needs_a_place(library):
     before = (library / docstore.DOT / docstore.FILE).read_bytes()
     for sources in ([library / "a.md"], [library, library / "a.md"]):
         out, err = run("index", *sources, code=2)
-        assert out == "" and "--to FOLDER" in err and len(err.strip().splitlines()) == 1
+        assert out == "" and "--out FOLDER" in err and len(err.strip().splitlines()) == 1
     assert (library / docstore.DOT / docstore.FILE).read_bytes() == before
-    assert run("index", library / "a.md", "--to", library / "ix")[0].startswith("2 passages of 1 files")
+    assert run("index", library / "a.md", "--out", library / "ix")[0].startswith("2 passages of 1 files")
 
 
 def test_command_line_errors_are_one_line(tmp_path):

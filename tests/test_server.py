@@ -487,7 +487,7 @@ def test_a_client_that_leaves_stops_the_work(small, stream, how):
         if not gate.is_set():
             held.set()
             gate.wait(20)
-        step()
+        return step()
 
     engine.batch.step = gated
     app.add_middleware(Notices, then=gate.set)
@@ -514,7 +514,7 @@ def test_a_client_that_leaves_the_queue_never_begins(small):
     app = create_app(*small, limits=Limits(max_batch=1))
     engine, step = app.state.engine, app.state.engine.batch.step
     gate, gone = threading.Event(), threading.Event()
-    engine.batch.step = lambda: (engine.batch.rows and gate.wait(20), step())
+    engine.batch.step = lambda: (engine.batch.rows and gate.wait(20), step())[1]
     app.add_middleware(Notices, then=gone.set)
     with running(app) as url:
         first = call_raw(url, max_tokens=9)
@@ -565,7 +565,7 @@ def test_a_full_queue_says_when_to_come_back(small):
 
         engine, step = app.state.engine, app.state.engine.batch.step
         gate = threading.Event()
-        engine.batch.step = lambda: (gate.wait(20), step())
+        engine.batch.step = lambda: (gate.wait(20), step())[1]
         threads = [threading.Thread(target=ask) for _ in range(5)]
         threads[0].start()
         wait_until(lambda: engine.batch.rows)
@@ -585,7 +585,7 @@ def test_time_runs_out(small):
     """Time that runs out cuts an answer that has begun; one that never began is told so."""
     app = create_app(*small, limits=Limits(max_batch=1, timeout=0.8))
     engine, step = app.state.engine, app.state.engine.batch.step
-    engine.batch.step = lambda: (step(), time.sleep(1.2 * bool(engine.batch.rows)))
+    engine.batch.step = lambda: (step(), time.sleep(1.2 * bool(engine.batch.rows)))[0]
     with running(app) as url:
         found = {}
 

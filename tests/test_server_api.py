@@ -1,6 +1,8 @@
 """The API beyond plain answers: forms, tools, echo, embeddings, conversations that are not read twice, connections."""
 import http.client
 import json
+import math
+import os
 import resource
 import socket
 import subprocess
@@ -14,9 +16,10 @@ import numpy as np
 import openai
 import pytest
 import torch
+from openai.types import Completion, CreateEmbeddingResponse, chat
 from test_server import ASK, JSON, call_raw, ids_of, said, send, small, pair, wait_until  # noqa: F401
 
-from minigpt.engine.api_schema import Limits
+from minigpt.engine.api_schema import Limits, as_api_error
 from minigpt.engine.app import create_app
 from minigpt.engine.cache import KVCache
 from minigpt.engine.embedders import ModelEmbedder
@@ -45,6 +48,24 @@ def url(pair):  # noqa: F811
 def client(url):
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+@pytest.mark.parametrize("path, body, kind", [
+    ("chat/completions", {"messages": said("Hi"), "logprobs": True, "top_logprobs": 2, "n": 2}, chat.ChatCompletion),
+    ("chat/completions", {"messages": said("Hi"), "tools": TOOLS, "tool_choice": "required", "max_tokens": 40}, chat.ChatCompletion),
+    ("chat/completions", {"messages": said("Hi"), "logprobs": True, "stream": True, "stream_options": {"include_usage": True}},
+     chat.ChatCompletionChunk),
+    ("completions", {"prompt": ["One", "Two"], "logprobs": 2}, Completion),
+    ("embeddings", {"input": ["One", "Two"]}, CreateEmbeddingResponse)],
+    ids=["chat", "tool", "stream", "text", "embedding"])
+def test_bodies_are_of_openais_types(url, path, body, kind):
+    """OpenAI's client takes what it gets; its types, asked strictly, say whether every field is there and of its kind."""
+    body = {"model": "minigpt-chat", "max_tokens": 3} | body
+    data = send(url, "POST", f"/v1/{path}", json.dumps(body).encode(), JSON)[1]
+    events = [line[6:] for line in data.split(b"\n") if line.startswith(b"data: {")] or [data]
+    assert len(events) > 1 or "stream" not in body
+    for event in events:
+        kind.model_validate_json(event)
 
 
 # ------------------------------------------------------------------ forms and tools
@@ -80,6 +101,19 @@ def test_tools_that_may_be_called_change_no_answer(client):
     texts = {client.chat.completions.create(**kind, **more).choices[0].message.content for more in
              ({}, {"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "auto"}, {"tools": TOOLS, "tool_choice": "none"})}
     assert len(texts) == 1
+
+
+def test_docs_and_the_log_say_what_auto_means(client, url, caplog, monkeypatch):
+    """Tools that nobody is told to call: a text, once a line in the log; none where they have to be called, or never."""
+    monkeypatch.setattr("minigpt.engine.api_schema._told", set())
+    kind = dict(model="minigpt-chat", messages=said("Hi"), max_tokens=40, tools=TOOLS)
+    for choice in ("none", "required", "auto", "auto"):
+        message = client.chat.completions.create(**kind, tool_choice=choice).choices[0].message
+        assert bool(message.tool_calls) == (choice == "required")
+        lines = [record.message for record in caplog.records if record.name == "minigpt"]
+        assert lines == ["ChatBody: ignored 'tools, with tool_choice auto'"] * (choice == "auto")
+    body = json.loads(send(url, "GET", "/openapi.json")[1])["components"]["schemas"]["ChatBody"]["properties"]
+    assert all("never learned to choose" in body[name]["description"] for name in ("tools", "tool_choice"))
 
 
 def test_calls_and_results_are_read_as_turns(client, pair):  # noqa: F811
@@ -269,6 +303,34 @@ def test_free_rows_count_as_room_in_the_queue(small):  # noqa: F811
     assert len(engine.batch.rows) == 4 and len(engine.waiting) == 3
 
 
+def test_who_is_refused_hears_how_long_answers_take(small, monkeypatch):  # noqa: F811
+    """On a clock that a step moves by two seconds an answer of nine tokens takes 8 x 2; two rows, six waiting: 3 x 16."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    engine = Engine(*small, max_batch=2, max_queue=6, prefix_tokens=0)
+    step = engine.batch.step
+    engine.batch.step = lambda: (now.__setitem__(0, now[0] + 2), step())[1]
+
+    def refused():
+        engine.submit(*(asks(small, 1) for _ in range(engine.free + 6 - len(engine.waiting))))
+        with pytest.raises(QueueFull) as error:
+            engine.submit(asks(small, 1))
+        return error.value
+
+    first = refused()
+    assert first.waiting == 8 and first.seconds == 8 / 2 * 1                     # nothing has ended: a second for each round
+    for _ in range(300):
+        engine.step()
+        if not engine.waiting:
+            engine.submit(*(asks(small, 1) for _ in range(6)))
+    while len(engine.batch.rows) < 2:
+        engine.step()
+    last = refused()
+    assert last.waiting == 6 and last.seconds == pytest.approx(3 * 16, rel=0.01)
+    answer = as_api_error(last)
+    assert (answer.status, answer.headers["Retry-After"]) == (429, str(math.ceil(last.seconds)))
+
+
 def test_a_job_runs_in_the_engines_thread(small):  # noqa: F811
     engine = Engine(*small)
     engine.start()
@@ -324,15 +386,20 @@ def test_a_running_answer_is_not_idle(small):  # noqa: F811
             each.close()
 
 
+CONNECTIONS, FILES = int(os.environ.get("CONNECTIONS", 1200)), int(os.environ.get("FILES", 256))
+
+
 def test_more_connections_than_file_descriptors(tmp_path):
-    """1,200 that say nothing, where the process may have 256 descriptors: others are answered, and the log stays small."""
-    code = """import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    """1,200 that say nothing, where the process may have 256 descriptors: others are answered, and the log stays small.
+
+    CONNECTIONS=5000 FILES=1024 in the environment: the same with so many."""
+    code = f"""import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({FILES}, {FILES}))
 import torch; from minigpt.engine.app import create_app; from minigpt.engine.serving import serve
 from minigpt.engine.tokenizer import Tokenizer; from minigpt.gpt2 import GPT2, GPT2Config
 t = Tokenizer.from_pretrained()
 serve(create_app(GPT2(GPT2Config(vocab_size=t.vocab_size, block_size=64, n_layer=1, n_head=1, n_embd=8)), t), port=0)"""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(CONNECTIONS + 1000, hard), hard))
     log = tmp_path / "log"
     with log.open("w") as errors:
         server = subprocess.Popen([sys.executable, "-uc", code], stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
@@ -340,7 +407,7 @@ serve(create_app(GPT2(GPT2Config(vocab_size=t.vocab_size, block_size=64, n_layer
     try:
         url = server.stdout.readline().split(" at ")[1].split()[0]
         where = url.removeprefix("http://").split(":")
-        for i in range(1200):
+        for i in range(CONNECTIONS):
             raw = socket.create_connection(where, timeout=30)
             if i % 2:
                 raw.sendall(b"G")

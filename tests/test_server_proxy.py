@@ -129,7 +129,7 @@ class Gate:
     def __call__(self):
         while self.engine.batch.rows and not self.free.is_set() and not self.permits.acquire(timeout=0.01):
             pass
-        self.step()
+        return self.step()
 
 
 def test_a_stream_comes_token_by_token(proxied):

@@ -103,6 +103,11 @@ def sentences(text: str) -> list[tuple[int, int]]:
             if not text[a:z].lstrip().startswith(("#", "```", "~~~"))]
 
 # %% ../../nbs/engine/answers.ipynb #citation
+def place_of(found) -> str:  # a Hit or a Citation
+    """Where it stands: source, heading, place."""
+    return ", ".join(filter(None, (found.source, found.heading, found.place)))
+
+
 @dataclass(frozen=True)
 class Citation(Passage):
     """A span of a source with words of an answer."""
@@ -112,8 +117,7 @@ class Citation(Passage):
     after: str = ""
 
     def __str__(self) -> str:
-        places = self.source, self.heading, self.place
-        return f"[{self.number}] {', '.join(filter(None, places))}"
+        return f"[{self.number}] {place_of(self)}"
 
     def in_place(self, width: int = 60) -> str:
         """The span in its place, on one line, between >> and <<."""

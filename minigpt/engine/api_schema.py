@@ -7,6 +7,7 @@ __all__ = ['Limits']
 
 # %% ../../nbs/engine/api_schema.ipynb #imports
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def as_api_error(error: Exception) -> APIError:
     if isinstance(error, APIError):
         return error
     if isinstance(error, QueueFull):
-        seconds = str(max(1, round(error.waiting / error.rows)))
+        seconds = str(max(1, math.ceil(error.seconds)))
         return APIError(429, f"{error.waiting} requests are waiting already: "
                         f"try again in {seconds} s", "requests",
                         code="rate_limit_exceeded",
@@ -279,6 +280,11 @@ class NamedTool(Body):
     function: _Name
 
 # %% ../../nbs/engine/api_schema.ipynb #chat
+_TOOLS = ('With tool_choice "required" or a named function the answer is a '
+          'call. With "auto" (also if it is left out) and "none" it is a text: '
+          "this model never learned to choose.")
+
+
 class ChatBody(SamplingBody):
     """The body of /v1/chat/completions."""
     messages: Annotated[list[Message],
@@ -287,6 +293,13 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=32), _FIRST] | None = None
+    tools: Annotated[list[Tool], Field(max_length=32),
+                     _FIRST] | None = Field(None, description=_TOOLS)
     tool_choice: (Literal["none", "auto", "required"] | NamedTool
-                  | None) = None
+                  | None) = Field(None, description=_TOOLS)
+
+    @model_validator(mode="after")
+    def _note_unused(self):
+        if self.tools and self.tool_choice in (None, "auto"):
+            _warn("ChatBody", ["tools, with tool_choice auto"])
+        return self

@@ -202,7 +202,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     @app.post("/v1/chat/completions", responses=_ERRORS | _STREAM)
     async def chat_completions(body: ChatBody, request: Request):
-        """Answer a conversation."""
+        """Answer a conversation; call a tool where tool_choice asks for it."""
         service.named(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise APIError(400, "top_logprobs needs logprobs=true",

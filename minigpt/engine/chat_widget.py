@@ -13,6 +13,7 @@ from html import escape
 import ipywidgets as widgets
 
 from ..chat import ChatSession, as_messages
+from .answers import place_of
 from .transcripts import parse_transcript, transcript
 from ..ui import SETTINGS, box_style, bubble, chat_html
 
@@ -139,8 +140,9 @@ def read_upload(data: bytes,
         messages = parse_transcript(data, name)
     except ValueError as error:
         raise ValueError(f"{error!s:.200}") from None
-    system = " with its system text" * (messages[0]["role"] == "system")
-    return messages, f"Opened {name}{system}."
+    if messages[0]["role"] == "system":
+        return messages, f"Opened {name} with its system text."
+    return messages, f"Opened {name}."
 
 # %% ../../nbs/engine/chat_widget.ipynb #sources
 _MARK = "background:rgba(240,190,0,.35);color:inherit"
@@ -155,8 +157,7 @@ def sources_html(session: ChatSession) -> str:
         return ""
     rows, cited = "", {c.number: c for c in session.last.citations}
     for number, hit in enumerate(session.last.hits, 1):
-        where = ", ".join(filter(None, (hit.source, hit.heading, hit.place)))
-        text, opened = escape(hit.text), ""
+        where, text, opened = place_of(hit), escape(hit.text), ""
         if number in cited:
             a, z = (at - hit.start for at in (cited[number].start,
                                               cited[number].end))

@@ -75,7 +75,7 @@ def _chat(
       minigpt chat --continue
 
     In a pipe, all of the input is one message, and only the answer is
-    printed. With a PROMPT, piped input is not read.
+    printed. With a prompt, piped input is not read.
     """
     from minigpt.engine.terminal import chat
     chat(prompt, model, system=system, adapter=adapter, documents=documents,
@@ -121,11 +121,11 @@ def _index(
     \b
     Examples:
       minigpt index notes
-      minigpt index notes book.pdf --to my-index
+      minigpt index notes book.pdf --out my-index
     """
     first = sources[0]
     if to is None and (len(sources) > 1 or first.is_file()):
-        raise ValueError("say where the index should go, --to FOLDER: only "
+        raise ValueError("say where the index should go, --out FOLDER: only "
                          "that of one whole folder has a place by itself")
     from minigpt.engine.terminal import show_skipped
     from minigpt.engine.docstore import DOT, Index
@@ -181,6 +181,7 @@ def _serve(
       MINIGPT_API_KEY=... minigpt serve --host 0.0.0.0
       curl http://127.0.0.1:8000/v1/models
 
+    A page to chat stands at /, and /docs describes the API at /v1.
     Each adapter is a model of its own, called as its folder is. --temperature
     and --top-p are for requests that name none. Ctrl-C ends it once the
     running answers are done, or after --grace seconds; a second one at once.
@@ -227,7 +228,7 @@ def _generate(
     Examples:
       minigpt generate "One morning" --temperature 0.7 --top-p 0.9
       minigpt generate "One morning" --num-beams 4 --num-return 2
-      minigpt generate --file prompts.txt --output drawn.jsonl --seed 1
+      minigpt generate --file prompts.txt --out drawn.jsonl --seed 1
       cat questions.txt | minigpt generate --chat --format text
       minigpt generate --chat "Is the sun hot?" --choice Yes. --choice No.
       minigpt generate --chat "Make up a pet." --json-schema pet.json
@@ -407,7 +408,7 @@ def _eval(
     model: opt.Measured = "minigpt-chat",
     suite: opt.Suite = opt.SuiteName.quick, against: opt.Against = [],
     data: opt.HeldChats = None, out: opt.ReportFolder = None,
-    overwrite: opt.Overwrite = False, device: opt.Device = "auto",
+    overwrite: opt.Overwrite = False, device: opt.BestDevice = "auto",
     quiet: opt.Quiet = False,
 ) -> None:
     """Measure a model; print a table, write json and an html page.

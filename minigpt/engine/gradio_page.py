@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 from ..chat import ChatSession
+from .answers import place_of
 from .ballots import Ballot, Match, Votes
 from .files import ASSETS
 from .sessions import AdapterCache
@@ -189,7 +190,7 @@ def compare_tab(systems: Systems,
                for label, name in (("One", names[0]), ("The other", names[-1]))]
         rater = gr.Textbox(label="Your name", value="guest", max_length=80)
     prompt = gr.Textbox(label="Prompt", placeholder="A prompt for both",
-                        max_length=4000, submit_btn="Ask both",
+                        submit_btn="Ask both",
                         value="Tell me a short story about a fox and a kite.")
     with gr.Row():
         sides = [gr.Textbox(label=side, lines=8, interactive=False)
@@ -229,8 +230,7 @@ def source_boxes(hits: Sequence  # what the session was given
     import gradio as gr
     return [gr.ChatMessage(
         as_shown(hit.text), metadata={"status": "done", "title": as_shown(
-            f"[{number}] " + ", ".join(filter(None, (
-                hit.source, hit.heading, hit.place))))})
+            f"[{number}] {place_of(hit)}")})
         for number, hit in enumerate(hits, 1)]
 
 # %% ../../nbs/engine/gradio_page.ipynb #controls

@@ -49,7 +49,7 @@ Model = Annotated[str | None, Option(parser=name, help=(
     "Folder, or name on the Hugging Face hub; default: the model that "
     "ships."))]
 Device = Annotated[str | None, Option(help=(
-    "cpu (if none is named), cuda, mps, or auto: the best there is."))]
+    "cpu, cuda, mps, or auto: the best there is; default: cpu."))]
 Threads = Annotated[int | None, Option(
     min=1, max=1024, help="Threads of the model; default: all.")]
 Adapter = Annotated[str | None, Option(
@@ -125,15 +125,15 @@ Guesses = Annotated[int, Option(help="Of the draft, for each step.")]
 Int8 = Annotated[bool, Option("--int8", help="Faster, a little rounded.")]
 
 # %% ../../nbs/engine/options.ipynb #prompts
-Message = Annotated[str | None, Argument(metavar="[PROMPT]", help=(
+Message = Annotated[str | None, Argument(help=(
     "A message; without one, piped input or a chat."))]
 Prompts = Annotated[list[str] | None, Argument(
-    metavar="[PROMPT]...", help="Texts to go on from.")]
+    help="Texts to go on from.")]
 PromptFile = Annotated[Path | None, Option("--file", parser=path, help=(
     "Prompts, one a line; or .jsonl, where each line has a prompt."))]
 AsChat = Annotated[bool, Option("--chat", help="Prompts are messages.")]
 Output = Annotated[Path | None, Option(
-    parser=path, help="Write to this file.")]
+    "--out", parser=path, help="Write to this file.")]
 Format = Annotated[str, Option(help="jsonl, or text: what was drawn.")]
 Overwrite = Annotated[bool, Option("--overwrite", help=(
     "Replace what is there, once the new one is whole."))]
@@ -143,7 +143,7 @@ Quiet = Annotated[bool, Option("--quiet", help="No progress bars.")]
 Docs = Annotated[str | None, Option("--docs", parser=name, help=(
     "Folder or file to look answers up in; course: this course."))]
 DocsList = Annotated[list[Path], Option("--docs", parser=path, help=(
-    "A file, a folder, or an index; repeatable. Default: this course."))]
+    "A file, a folder, or an index; repeatable; default: this course."))]
 Question = Annotated[str, Argument(help="What you want to know.")]
 Passages = Annotated[int, Option(
     "--k", min=1, help="How many passages are read.")]
@@ -154,7 +154,7 @@ PassagesOnly = Annotated[bool, Option(
 AsJSON = Annotated[bool, Option("--json", help="All of it as a line of JSON.")]
 Sources = Annotated[list[Path], Argument(
     parser=path, help="Files and folders.")]
-IndexFolder = Annotated[Path | None, Option("--to", parser=path, help=(
+IndexFolder = Annotated[Path | None, Option("--out", parser=path, help=(
     "Folder for the index; may be left out for one folder: "
     ".minigpt-index in it."))]
 Embedder = Annotated[str | None, Option(parser=name, help=(
@@ -250,11 +250,11 @@ Data = Annotated[list[str], Option(parser=name, help=(
 Pairs = Annotated[str | None, Option(parser=name, help=(
     "Preference pairs instead (DPO); preferences is the bundled set."))]
 Held = Annotated[str | None, Option(parser=name, help=(
-    "Data to measure on, before and after [default: a small part of the "
-    "data]"))]
+    "Data to measure on, before and after; default: a small part of the "
+    "data."))]
 PlainText = Annotated[str | None, Option("--text", help=(
-    "Plain text to measure on what is forgotten; an empty one: do not "
-    "[default: the bundled stories]"))]
+    "Plain text to measure on what is forgotten; an empty one: do not; "
+    "default: the bundled stories."))]
 Config = Annotated[str | None, Option(
     help="Configuration of a hub dataset.")]
 Split = Annotated[str | None, Option(help="Split of a hub dataset.")]
@@ -267,7 +267,7 @@ TooLong = Annotated[str, Option(help=(
 AddChatTokens = Annotated[bool, Option(
     "--add-chat-tokens", help="Add them where the tokenizer has none.")]
 Epochs = Annotated[float | None, Option(callback=_positive, help=(
-    "How often all is read [default: 3, for pairs 1]"))]
+    "How often all is read; default: 3, for pairs 1."))]
 Lora = Annotated[list[str], Option("--lora", help=(
     "Train a LoRA adapter, not the model: name=value, a field of LoraConfig, "
     "such as r=8 or target_modules=c_attn,c_proj; repeatable."))]
@@ -285,6 +285,8 @@ class SuiteName(str, Enum):
 
 Measured = Annotated[str, Argument(parser=name, help=(
     "Shipped model, folder, hub name, ngram or untrained."))]
+BestDevice = Annotated[str, Option(
+    "--device", help="cpu, cuda, mps, or auto: the best there is.")]
 Suite = Annotated[SuiteName, Option(help="How much to measure.")]
 Against = Annotated[list[str], Option(
     parser=name, help="Another model to compare with; repeatable.")]
@@ -292,7 +294,7 @@ HeldChats = Annotated[str | None, Option("--data", parser=name, help=(
     "Held-out conversations (jsonl, folder, hub name) instead of the "
     "bundled."))]
 ReportFolder = Annotated[Path | None, Option("--out", parser=path, help=(
-    "Folder for report.json and report.html [default: a new one in runs/]"))]
+    "Folder for report.json and report.html; default: a new one in runs/."))]
 
 # %% ../../nbs/engine/options.ipynb #plan
 PlannedModel = Annotated[str, Argument(help=(
@@ -315,6 +317,6 @@ Measure = Annotated[bool | None, Option(
 
 # %% ../../nbs/engine/options.ipynb #exam
 Answers = Annotated[Path, Argument(
-    metavar="FILE", parser=path, help="A Python file: your own functions.")]
+    parser=path, help="A Python file: your own functions.")]
 Stubs = Annotated[bool, Option(
     "--stubs", help="Write the file: the functions, to be filled in.")]

@@ -22,9 +22,11 @@ from ..server import Batch
 class QueueFull(Exception):
     """So many requests wait that no more are taken."""
 
-    def __init__(self, waiting: int, rows: int):
+    def __init__(self, waiting: int,
+                 seconds: float  # in which they may all have begun
+                 ):
         super().__init__(f"{waiting} requests wait already")
-        self.waiting, self.rows = waiting, rows
+        self.waiting, self.seconds = waiting, seconds
 
 
 class Closing(Exception):
@@ -51,6 +53,7 @@ class Engine:
         self.wake, self.thread = threading.Condition(), None
         self.closing, self.ends = False, math.inf
         self.group = [self]                    # those with the same thread
+        self.pace = 1.0                        # seconds of an answer, lately
 
     @property
     def free(self) -> int:
@@ -81,7 +84,8 @@ class Engine:
             if self.closing:
                 raise Closing
             if len(queue) + len(items) > most:
-                raise QueueFull(len(queue), self.batch.max_batch)
+                rounds = len(queue) / self.batch.max_batch
+                raise QueueFull(len(queue), rounds * self.pace)
             queue.extend(items)
             self.wake.notify_all()
 
@@ -95,7 +99,16 @@ class Engine:
             left -= self.batch.read(self.reading)
             if self.reading.read == len(self.reading.ids):
                 self.reading = None
-        return self.batch.step()
+        return self._timed(self.batch.step())
+
+    def _timed(self, rows: list[tuple[Request, int]]
+               ) -> list[tuple[Request, int]]:
+        """Note how long the answers took that have ended in a step."""
+        for request, number in rows:
+            if request.sequences[number].finish_reason:
+                took = time.monotonic() - request.first
+                self.pace += (took - self.pace) / 4
+        return rows
 
     def _next(self) -> Request | None:
         """The request whose prompt is to be read now."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from minigpt import __version__
+from minigpt.engine.answers import place_of
 from minigpt.engine.console import explain, is_for_user, printable
 from minigpt.engine.files import decode_text
 from minigpt.engine.keyboard import keyboard, read_message
@@ -69,16 +70,11 @@ def stoppable(stop: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 # %% ../../nbs/engine/terminal.ipynb #sources
-def _place_of(found) -> str:
-    """Where a passage or a citation stands: source, heading, place."""
-    return ", ".join(filter(None, (found.source, found.heading, found.place)))
-
-
 def _cited(session) -> str:
     """A line that names the sources of the last answer; "" if none."""
     if session.last is None or not session.last.hits:
         return ""
-    names = [f"[{c.number}] {_place_of(c)}" for c in session.last.citations]
+    names = [f"[{c.number}] {place_of(c)}" for c in session.last.citations]
     return printable("; ".join(names)) or (
         "[none of the passages holds these words; /sources shows them]")
 
@@ -126,7 +122,7 @@ def show_passages(hits: Iterable  # of Index.search
     """Print hits with scores and places."""
     for hit in hits:
         text = " ".join(hit.text.split())
-        print(printable(f"{hit.score:7.2f}  {_place_of(hit)}\n"
+        print(printable(f"{hit.score:7.2f}  {place_of(hit)}\n"
                         f"         {text}\n"))
 
 # %% ../../nbs/engine/terminal.ipynb #show-answer
@@ -263,7 +259,7 @@ class Commands:
         """show the passages behind the last answer"""
         last = self._session.last
         lines = [line for number, hit in enumerate(last.hits if last else [], 1)
-                 for line in (f"[{number}] {_place_of(hit)}", hit.text)]
+                 for line in (f"[{number}] {place_of(hit)}", hit.text)]
         return printable("\n".join(lines)) or "No passages: /docs FOLDER"
 
     def do_save(self, path: str) -> str:
