@@ -76,7 +76,7 @@ def main() -> None:
             make=functools.partial(make_optimizer, lr=5e-3, betas=(0.9, 0.98)), max_steps=2000, warmup_steps=50))},
         "batches": {f"{rows} windows at {lr}": (dict(width=64, heads=2, wte_std=0.1), dict(
             make=functools.partial(make_optimizer, lr=lr), max_steps=2400 // rows, warmup_steps=240 // rows, batch_size=rows))
-                    for rows, first in ((2, 0.0025), (8, 0.005), (32, 0.01)) for lr in (first, 2 * first, 4 * first)},
+                    for rows, first in ((2, 0.0025), (8, 0.005), (32, 0.005)) for lr in (first, 2 * first, 4 * first)},
         "sizes": {f"width {width}, {budget:.0e}": (dict(width=width, heads=2, wte_std=0.8 / width ** 0.5), dict(
             make=functools.partial(make_optimizer, lr=5e-3), max_steps=steps_for(width, budget), warmup_steps=30))
                   for budget in (1e11, 3e11, 9e11) for width in (32, 64, 128)}}
