@@ -2,8 +2,10 @@
 
 How the first weights decide (300 steps of SGD at 0.3 and of AdamW at 0.003), whether another rate suits SGD better, what warm-up and clipping do at a
 rate of 0.02 (300 steps), and how far the model that writes gets below the bigram line. Everything else is as in the lesson: its texts, tokenizer and shapes.
+Two more are of deeper notebooks: 2,400 windows in batches of 2, 8 and 32 (deeper/optimizers), and three sizes at three budgets of operations
+(deeper/resources); they run where they are named.
 
-    python benchmarks/training_lesson.py [--seeds 3] [--only starts rates wall story]
+    python benchmarks/training_lesson.py [--seeds 3] [--only starts rates wall story batches sizes]
 """
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minigpt import GPT2, GPT2Config, load_text  # noqa: E402
 from minigpt.data import split_held  # noqa: E402
+from minigpt.deeper.resources import flops_per_token  # noqa: E402
 from minigpt.engine.tokenizer import Tokenizer  # noqa: E402
 from minigpt.training import held_loss, make_optimizer, ngram_losses, train_model  # noqa: E402
 
@@ -35,6 +38,12 @@ def last_loss(model: GPT2, train: Tensor, held: Tensor, **settings) -> float:
     train_model(model, settings.pop("make")(model), train, held[:513], report=lambda row: None,
                 eval_every=settings["max_steps"], **settings)
     return held_loss(model, held)
+
+
+def steps_for(width: int, budget: float) -> int:
+    """Steps of 8 windows of 64 tokens that take so many operations."""
+    config = GPT2Config(vocab_size=512, block_size=64, n_layer=2, n_head=2, n_embd=width)
+    return round(budget / (8 * 64 * flops_per_token(config)))
 
 
 def main() -> None:
@@ -64,11 +73,17 @@ def main() -> None:
                  for name, warmup, clip in [("neither", 0, 1e9), ("warm-up", 100, 1e9), ("clipping", 0, 1.0),
                                             ("both", 100, 1.0)]},
         "story": {"the model that writes": (dict(width=128, heads=4, wte_std=0.05), dict(
-            make=functools.partial(make_optimizer, lr=5e-3, betas=(0.9, 0.98)), max_steps=2000, warmup_steps=50))}}
+            make=functools.partial(make_optimizer, lr=5e-3, betas=(0.9, 0.98)), max_steps=2000, warmup_steps=50))},
+        "batches": {f"{rows} windows at {lr}": (dict(width=64, heads=2, wte_std=0.1), dict(
+            make=functools.partial(make_optimizer, lr=lr), max_steps=2400 // rows, warmup_steps=240 // rows, batch_size=rows))
+                    for rows, first in ((2, 0.0025), (8, 0.005), (32, 0.005)) for lr in (first, 2 * first, 4 * first)},
+        "sizes": {f"width {width}, {budget:.0e}": (dict(width=width, heads=2, wte_std=0.8 / width ** 0.5), dict(
+            make=functools.partial(make_optimizer, lr=5e-3), max_steps=steps_for(width, budget), warmup_steps=30))
+                  for budget in (1e11, 3e11, 9e11) for width in (32, 64, 128)}}
     print(f"bigram line {bigram:.2f}; held-out losses with the seeds 0 to {args.seeds - 1}")
     for part in args.only:
         for name, (shape, settings) in runs[part].items():
-            losses = [last_loss(new_model(seed, **shape), train, held, seed=seed, batch_size=8, **settings)
+            losses = [last_loss(new_model(seed, **shape), train, held, seed=seed, **{"batch_size": 8} | settings)
                       for seed in range(args.seeds)]
             print(f"{part:8}{name:26}" + " ".join(f"{loss:7.2f}" for loss in losses), flush=True)
 

@@ -7,7 +7,10 @@ __all__ = ['get_batch', 'ngram_losses', 'plot_losses', 'make_optimizer', 'learni
            'evaluating', 'held_loss', 'train_step', 'train_model']
 
 # %% ../nbs/04_training.ipynb #get-batch
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -19,11 +22,6 @@ def get_batch(ids: Tensor, # (N,) one long row of tokens
     starts = torch.randint(len(ids) - block_size, (batch_size, 1))
     windows = ids[starts + torch.arange(block_size + 1)]    # (B, T+1)
     return windows[:, :-1], windows[:, 1:]
-
-# %% ../nbs/04_training.ipynb #loss
-import math
-
-import torch.nn.functional as F
 
 # %% ../nbs/04_training.ipynb #ngram-losses
 import numpy as np

@@ -594,7 +594,8 @@ def test_older_forms_of_tokenizer_json(gpt2, tmp_path):
     (lambda s: s["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space"),
     (lambda s: s.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
     (lambda s: s["model"]["vocab"].update(abc=999), "none with id"),
-    (lambda s: s["model"]["merges"].append(["q", "zz"]), "no id for the token")])
+    (lambda s: s["model"]["merges"].append(["q", "zz"]), "no id for the token"),
+    (lambda s: s.update(model="x"), "tokenizer.json does not hold")])
 def test_files_that_would_give_other_ids_are_refused(change, words, tmp_path):
     spec = vocabulary.tokenizer_json(Tokenizer.train("low lower lowest " * 3, 262))
     change(spec)

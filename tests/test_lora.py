@@ -454,6 +454,8 @@ def test_refused_folders(tmp_path):
     check(ValueError, "lora_embedding_A")
     save_file({k: t for k, t in tensors.items() if "h.0.attn.c_attn.lora_B" not in k}, weights)
     check(ValueError, "another model")
+    save_file({k: t / 0 for k, t in tensors.items()}, weights)
+    check(ValueError, "holds NaN or infinite")
     save_file(tensors, weights)
     weights.write_bytes(weights.read_bytes()[:-100])
     check(ValueError, "cut short")

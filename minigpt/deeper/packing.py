@@ -209,11 +209,13 @@ def pack(rows: Iterable[str | dict], # texts, or chats as of `load_chats`
     `if __name__ == "__main__":` around its main part.
     Raises FileExistsError, or ValueError for bad or no rows.
     """
-    import minigpt.deeper.packing as home  # processes can import this
     path, rows = Path(path), iter(rows)
     first = next(rows, None)
     if first is None:
         raise ValueError(f"nothing to pack into {path}: the dataset is empty")
+    encode = _encode_chunk
+    if num_proc > 1:  # another process can import the package's only
+        from minigpt.deeper.packing import _encode_chunk as encode
     encoder = RowEncoder(tokenizer, masked, max_length)
     header = TokenHeader(tokenizer.vocab_size, tokenizer_hash(tokenizer),
                          masked, max_length=max_length)
@@ -221,7 +223,7 @@ def pack(rows: Iterable[str | dict], # texts, or chats as of `load_chats`
                disable=None if progress is None else not progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path, overwrite=overwrite) as aside, bar:
-        chunks = ordered_map(partial(home._encode_chunk, encoder),
+        chunks = ordered_map(partial(encode, encoder),
                              chunked(chain([first], rows), chunk, _length),
                              num_proc, ahead=3)
         _write(aside, chunks, header, bar)

@@ -9,6 +9,7 @@ __all__ = []
 from torch import Tensor
 
 # %% ../../nbs/engine/checks.ipynb #check-config
+# the second is what transformers calls torch's own form of the first
 _ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu")
 _SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 

@@ -36,9 +36,10 @@ def read_log(path: str | Path  # log.csv of a run
     for seen, line in enumerate(lines, 1):
         try:
             row = {k: float(v) for k, v in line.items() if v}
-            rows += [row] if "step" in row else []
         except (TypeError, ValueError):
-            pass
+            continue
+        if "step" in row:
+            rows.append(row)
     if len(rows) < seen:
         warnings.warn(f"{path}: {seen - len(rows)} damaged lines left out")
     return rows
@@ -63,8 +64,8 @@ class CSVLog:
                 writer.writeheader()
                 writer.writerows(self.rows)
 
-    def add(self, row: dict[str, float], model: Any = None) -> None:
-        """Write a line; `model` is there to make this a callback."""
+    def add(self, row: dict[str, float]) -> None:
+        """Write a line."""
         self.rows.append(row)
         with open(self.path, "a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)

@@ -88,10 +88,10 @@ class TrainConfig:
     clip: float = 1.0             # the largest gradient norm
     dtype: str = "auto"           # of the forward pass; see pick_dtype
     compile: bool = False         # torch.compile; without it if that fails
-    device: str | torch.device | None = "auto"
+    device: str | torch.device | None = "auto"  # see pick_device
     order: str = "random"         # windows anywhere, or "shuffled" by epoch
     parallel: str = "ddp"         # or "fsdp", if torchrun started several
-    seed: int = 0
+    seed: int = 0                 # of the windows drawn, and of dropout
     log_every: int = 10           # steps, as below; 0: only the last one
     eval_every: int = 200
     eval_windows: int = 64        # held-out windows of an evaluation

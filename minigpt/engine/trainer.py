@@ -281,7 +281,9 @@ def _report(run: Run, row: dict[str, float], bar: tqdm, log: CSVLog | None,
     bar.set_postfix_str(f"loss {row['loss']:.3f}, "
                         f"{row['tokens_per_second']:,.0f} tokens/s, "
                         f"MFU {row['mfu']:.0%}", refresh=False)
-    for callback in [*([log.add] if log else []), *callbacks]:
+    if log:
+        _guarded(run, log.add, row)
+    for callback in callbacks:
         _guarded(run, callback, row, run.model)
 
 # %% ../../nbs/engine/trainer.ipynb #read-meter
