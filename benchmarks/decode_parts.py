@@ -4,8 +4,7 @@
 
 `step`: one token of `generate` for each row, the prompt's reading taken off. `products`: all linear layers and the head,
 called alone on rows of random numbers. `rest`: all else (attention, norms, GELU, the cache, the choice of a token, and
-Python between them). `limit`: the bytes of the matrices at the speed of a matrix-vector product as large as all of them.
-The best of the rounds, which take turns. Set BENCH_THREADS=1 on a busy machine: CPU time.
+Python between them). The best of the rounds, which take turns. Set BENCH_THREADS=1 on a busy machine: CPU time.
 """
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ def main():
     from minigpt.generation import generate
     from minigpt.gpt2 import GPT2
     model = GPT2.from_pretrained()
-    numbers = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.wpe.weight.numel()
-    matrix, vector, rows = torch.randn(numbers // 512, 512), torch.randn(1, 512), []
+    rows = []
 
     def best(*calls):
         """The least milliseconds of each call, in turns."""
@@ -63,10 +61,9 @@ def main():
                 decoder.ids = []
                 generate(model, prompts, max_new_tokens=count, temperature=0, stop_ids=(), decoder=decoder)
 
-            whole, first, alone, limit = best(lambda: draw(a.new + 1), lambda: draw(1), products, lambda: vector @ matrix.T)
+            whole, first, alone = best(lambda: draw(a.new + 1), lambda: draw(1), products)
             step, alone = (whole - first) / a.new, alone / a.new
-            rows.append({"weights": weights, "batch": batch, "step": step, "products": alone, "rest": step - alone,
-                         "limit": limit / 4 if weights == "int8" else limit})
+            rows.append({"weights": weights, "batch": batch, "step": step, "products": alone, "rest": step - alone})
     c.report("decode_parts", rows, list(rows[0]))
 
 
