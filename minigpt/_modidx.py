@@ -1666,6 +1666,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'minigpt.engine.ngram.NGram.fit': ('engine/ngram.html#ngram.fit', 'minigpt/engine/ngram.py'),
                                       'minigpt.engine.ngram.NGram.probabilities': ( 'engine/ngram.html#ngram.probabilities',
                                                                                     'minigpt/engine/ngram.py'),
+                                      'minigpt.engine.ngram._Config': ('engine/ngram.html#_config', 'minigpt/engine/ngram.py'),
                                       'minigpt.engine.ngram._NGramDecoder': ('engine/ngram.html#_ngramdecoder', 'minigpt/engine/ngram.py'),
                                       'minigpt.engine.ngram._NGramDecoder.__init__': ( 'engine/ngram.html#_ngramdecoder.__init__',
                                                                                        'minigpt/engine/ngram.py'),

@@ -1,6 +1,7 @@
 """minigpt.engine.kernels against the plain forms, and one changed block through every path that reads a model."""
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -413,8 +414,10 @@ def test_auto_takes_the_layout_that_was_measured_faster(faster, monkeypatch):
         assert isinstance(twin.blocks[0].mlp.c_fc, nn.Identity if faster else nn.Linear)
 
 
-def test_auto_is_the_plain_layout_where_there_are_no_blocks(monkeypatch):
-    monkeypatch.setattr(kernels, "has_onednn", lambda weight: False)
+@pytest.mark.parametrize("where, name, none", [
+    (kernels, "has_onednn", lambda weight: False), (torch.ops, "mkldnn", SimpleNamespace())], ids=["no oneDNN", "another torch"])
+def test_auto_is_the_plain_layout_where_there_are_no_blocks(where, name, none, monkeypatch):
+    monkeypatch.setattr(where, name, none)
     for weights in ("auto", "fast"):
         assert isinstance(for_inference(a_model(), weights).blocks[0].mlp.c_fc, nn.Linear)
 

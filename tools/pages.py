@@ -119,10 +119,10 @@ def named(row: dict, columns: list[str]) -> str:
 
 def comparable(ours: str, theirs: str) -> bool:
     """Whether two rows of a group are a fair pair: not a sketch of the harness, and alike in what the name says (beams
-    with beams, int8 with int8; the decoder on live weights is a step of the course, not a result)."""
+    with beams, int8 with int8)."""
     alike = all((word in ours) == (word in theirs) for word in ("numpy", "4 beams", "int8", "LoRA"))
     named_so = ours.startswith(OURS) and not theirs.startswith(OURS)
-    return named_so and alike and "sketch" not in theirs and "live weights" not in ours
+    return named_so and alike and "sketch" not in theirs
 
 
 def speeds(row: dict, metric: dict) -> tuple[float, float, float]:

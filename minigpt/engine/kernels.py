@@ -263,11 +263,15 @@ def use_kernels(
 # %% ../../nbs/engine/kernels.ipynb #onednn
 def has_onednn(weight: Tensor) -> bool:
     """Whether oneDNN has products for a weight of this dtype and device."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    own = torch.ops.mkldnn      # not promised by torch: they may go one day
+    if weight.device.type != "cpu" or not (
+            torch.backends.mkldnn.is_available()
+            and hasattr(own, "_reorder_linear_weight")
+            and hasattr(own, "_linear_pointwise")):
         return False
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and own._is_mkldnn_bf16_supported())
 
 # %% ../../nbs/engine/kernels.ipynb #fastlinear
 class FastLinear(nn.Module):

@@ -8,12 +8,11 @@ __all__ = ['NGram']
 # %% ../../nbs/engine/ngram.ipynb #imports
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from ..gpt2 import GPT2Config
 
 # %% ../../nbs/engine/ngram.ipynb #patterns
 def _count_patterns(rows: Iterable[Sequence[int]],
@@ -43,6 +42,12 @@ def _tables(counts: dict[tuple[int, ...], Counter]
     return tables
 
 # %% ../../nbs/engine/ngram.ipynb #ngram
+class _Config(NamedTuple):
+    vocab_size: int
+    block_size: int
+    eos_token_id: int | None = None
+
+
 class NGram:
     """A language model that counts: ids (B, T) -> logits (B, T, V).
 
@@ -53,8 +58,7 @@ class NGram:
     def __init__(self, vocab_size: int,
                  order: int = 3,        # tokens of a pattern: 2 and the next
                  block_size: int = 1024):
-        self.config = GPT2Config(vocab_size=vocab_size, n_layer=1, n_head=1,
-                                 n_embd=1, block_size=block_size)
+        self.config = _Config(vocab_size, block_size)
         self.order, self.device = order, torch.device("cpu")
         self.dtype, self.tables = torch.float32, {}
 
