@@ -212,10 +212,26 @@ BRIGHTNESS = """() => { let e = document.body; const c = getComputedStyle(e).bac
     return (c[0] + c[1] + c[2]) / 3; }"""
 
 
+@pytest.fixture(scope="module")
+def axe(request):
+    """The source of axe-core, which web/ brings for the test of the chat page; None where npm can't bring it."""
+    try:
+        folder = request.getfixturevalue("web_build")
+    except pytest.skip.Exception:
+        return None
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+
+
+SERIOUS = """whole => axe.run(whole ? document : {exclude: ['#quarto-sidebar']}, {runOnly: ['wcag2a', 'wcag2aa']})
+    .then(found => found.violations.filter(v => ['serious', 'critical'].includes(v.impact))
+    .map(v => v.id + ': ' + v.nodes[0].html.slice(0, 200)))"""
+
+
 @pytest.mark.parametrize("width, scheme", [(390, "light"), (1280, "dark")])
-def test_pages_in_chromium(browser, address, site, width, scheme):
-    """No console error, nothing asked of other machines, all pictures there, no sideways scroll, light and dark; the
-    pages of the engine and the reference are alike, and are opened once."""
+def test_pages_in_chromium(browser, address, site, axe, width, scheme):
+    """No console error, nothing asked of other machines, all pictures there, no sideways scroll, at most 40 screens,
+    light and dark, and nothing serious for axe-core (in the side bar, which is one for all, once). The pages of the
+    engine and the reference are alike, and are opened once."""
     pages = pages_of(site[0])
     assert len(pages) > len(tool.notebooks()) + 10
     if width > 390:
@@ -225,6 +241,12 @@ def test_pages_in_chromium(browser, address, site, width, scheme):
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)"), name
         assert (page.evaluate(BRIGHTNESS) > 200) is (scheme == "light"), name
+        assert width == 390 or page.evaluate("document.documentElement.scrollHeight") <= 40_000, name
+        if axe:
+            page.evaluate(axe)
+            assert page.evaluate(SERIOUS, name == "index.html") == [], name
+    if not axe:
+        pytest.skip("axe-core could not be had; all else is well")
 
 
 def test_search_finds_the_kv_cache(browser, address):
