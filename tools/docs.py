@@ -102,6 +102,22 @@ def add_chat(target: Path) -> None:
     home.write_text(f'{before}href="try/index.html"{rest}{end}\n{CHAT_HERE}{after}', encoding="utf-8")
 
 
+# smalldocs' search takes a query as one fuzzy phrase: "lora rank" found no lesson. Here all words must be there, and what
+# one looks up (the reference, the engine room, tables) comes after what one reads.
+SEARCH = {"threshold: 0.3,": "threshold: 0.1, useExtendedSearch: true,",
+          "fuse.search(q, { limit }).map((h) => h.item)":
+          "fuse.search(q).map((h) => h.item).sort((a, b) => late(a) - late(b)).slice(0, limit)",
+          "let index = null,": "const late = (e) => /^(api|engine|benchmarks|exactness)/.test(e.href);\n  let index = null,"}
+
+
+def mend_search(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    for old, new in SEARCH.items():
+        assert old in text, f"smalldocs.js has changed: {old}"
+        text = text.replace(old, new)
+    script.write_text(text, encoding="utf-8")
+
+
 def build(target: Path = ROOT / "_docs") -> list[str]:
     """Render the site into `target`; what smalldocs has to say against it."""
     folder = prepare()
@@ -111,6 +127,7 @@ def build(target: Path = ROOT / "_docs") -> list[str]:
     shutil.move(folder / "_docs", target)
     shutil.rmtree(folder)
     add_chat(target)
+    mend_search(target / "site_libs" / "smalldocs.js")
     for path in target.rglob("*.html"):      # an icon in a named link is no picture; what folds a section is a button
         text = path.read_text(encoding="utf-8").replace(' role="img"></i>', ' aria-hidden="true"></i>')
         text = re.sub(r'(data-bs-target="(#[\w-]+)") role="navigation"', r'\1 href="\2" role="button"', text)
