@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from browsers import BROWSER, launch
+from browsers import BROWSER, contrast, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
@@ -259,6 +259,9 @@ def test_search_finds_what_is_asked_for(browser, address):
         page.fill(".smalldocs-search input >> visible=true", "lora rank")
         page.wait_for_selector(".search-result[href*='lora.html'] >> nth=0")
         page.fill(".smalldocs-search input >> visible=true", "KV cache")
+        page.wait_for_selector(".search-result[href$='generation.html#the-kv-cache']")
+        for part in (".search-result-section", ".search-result-text", ".smalldocs-search > .bi-search"):
+            assert contrast(page, part) >= 4.5, part
         page.click(".search-result[href$='generation.html#the-kv-cache']")
         page.wait_for_url("**/generation.html#the-kv-cache")
         assert page.is_visible("#the-kv-cache") and wrong == []
