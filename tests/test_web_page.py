@@ -213,6 +213,19 @@ def test_stop_edit_regenerate_and_flip(visit, hosts, where):
     assert answers(page) == [first]               # nothing was lost
 
 
+def test_a_first_prompt_and_copy(visit, hosts):
+    page = visit(hosts["server"].url, settings={"temperature": 0, "max_tokens": 12},
+                 permissions=["clipboard-read", "clipboard-write"])
+    first = page.locator(".welcome li button").first
+    asked = first.inner_text()
+    first.click()
+    done(page)
+    assert page.locator("article.user .said").inner_text() == asked
+    page.locator("article.assistant button", has_text="Copy").click()
+    page.get_by_text("Copied").wait_for()
+    assert flat(page.evaluate("navigator.clipboard.readText()")) == flat(answers(page)[0]) != ""
+
+
 # ------------------------------------------------------------------ conversations
 def test_export_and_import(visit, hosts, tmp_path):
     page = visit(hosts["server"].url, settings={"temperature": 0, "max_tokens": 20})
