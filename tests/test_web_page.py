@@ -12,6 +12,7 @@ import torch
 from browsers import BROWSER, contrast, launch
 from test_bpe import KINDS, fuzz
 from test_server_cli import process
+from test_web_engine import twenty_prompts
 
 from minigpt.bpe import BPETokenizer
 from minigpt.chat import ChatSession
@@ -413,8 +414,8 @@ def test_axe_finds_nothing_serious(visit, hosts, web_build):
 # ------------------------------------------------------------------ the browser's engine in the browser
 def test_ids_and_logits_in_chromium(visit, hosts, pair):
     page = visit(hosts["browser"].url, ready=False)
-    texts = [text for kind in KINDS for text in fuzz(kind, seed=9)[:100]]
-    prompts = [ChatRenderer(pair[1]).prompt([{"role": "user", "content": text}]) for text in QUESTIONS]
+    texts = [text for kind in KINDS for text in fuzz(kind, seed=9)[:300]]
+    prompts = twenty_prompts(pair[1])
     ids, logits = page.evaluate("""async ([texts, prompts]) => {
         const engine = await import(new URL('engine.js', document.baseURI))
         const get = name => fetch('model/' + name)
