@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from browsers import BROWSER, launch
+from browsers import BROWSER, contrast, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
@@ -212,27 +212,56 @@ BRIGHTNESS = """() => { let e = document.body; const c = getComputedStyle(e).bac
     return (c[0] + c[1] + c[2]) / 3; }"""
 
 
+@pytest.fixture(scope="module")
+def axe(request):
+    """The source of axe-core, which web/ brings for the test of the chat page; None where npm can't bring it."""
+    try:
+        folder = request.getfixturevalue("web_build")
+    except pytest.skip.Exception:
+        return None
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+
+
+SERIOUS = """whole => axe.run(whole ? document : {exclude: ['#quarto-sidebar']}, {runOnly: ['wcag2a', 'wcag2aa']})
+    .then(found => found.violations.filter(v => ['serious', 'critical'].includes(v.impact))
+    .map(v => v.id + ': ' + v.nodes[0].html.slice(0, 200)))"""
+
+
 @pytest.mark.parametrize("width, scheme", [(390, "light"), (1280, "dark")])
-def test_pages_in_chromium(browser, address, site, width, scheme):
-    """No console error, nothing asked of other machines, all pictures there, no sideways scroll, light and dark; the
-    pages of the engine and the reference are alike, and are opened once."""
+def test_pages_in_chromium(browser, address, site, axe, width, scheme):
+    """No console error, nothing asked of other machines, all pictures there, no sideways scroll, at most 40 screens,
+    light and dark, and nothing serious for axe-core (in the side bar, which is one for all, once). The pages of the
+    engine and the reference are alike: they are opened once, and axe-core, which is slow, sees one of ten."""
     pages = pages_of(site[0])
     assert len(pages) > len(tool.notebooks()) + 10
+    alike = [name for name in pages if name.startswith(("engine/", "api/"))]
     if width > 390:
-        pages = [name for name in pages if not name.startswith(("engine/", "api/"))]
+        pages = [name for name in pages if name not in alike]
     for name, page, wrong in visit(browser, address, pages, width, scheme):
         assert wrong == [], name
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)"), name
         assert (page.evaluate(BRIGHTNESS) > 200) is (scheme == "light"), name
+        assert width == 390 or page.evaluate("document.documentElement.scrollHeight") <= 40_000, name
+        if axe and (name not in alike or name in alike[::10]):
+            page.evaluate(axe)
+            assert page.evaluate(SERIOUS, name == "index.html") == [], name
+    if not axe:
+        pytest.skip("axe-core could not be had; all else is well")
 
 
-def test_search_finds_the_kv_cache(browser, address):
+def test_search_finds_what_is_asked_for(browser, address):
     for _, page, wrong in visit(browser, address, ["index.html"], 1280, "light"):
         page.fill(".smalldocs-search input >> visible=true", "KV cache")
         page.wait_for_selector(".search-result")
         hits = page.eval_on_selector_all(".search-result", "es => es.map(e => [e.getAttribute('href'), e.innerText])")
         assert any(href.endswith("generation.html#the-kv-cache") for href, _ in hits), hits
+        page.fill(".smalldocs-search input >> visible=true", "lora rank")
+        page.wait_for_selector(".search-result[href*='lora.html'] >> nth=0")
+        page.fill(".smalldocs-search input >> visible=true", "KV cache")
+        page.wait_for_selector(".search-result[href$='generation.html#the-kv-cache']")
+        for part in (".search-result-section", ".search-result-text", ".smalldocs-search > .bi-search"):
+            assert contrast(page, part) >= 4.5, part
         page.click(".search-result[href$='generation.html#the-kv-cache']")
         page.wait_for_url("**/generation.html#the-kv-cache")
         assert page.is_visible("#the-kv-cache") and wrong == []

@@ -56,13 +56,17 @@ def model():
     return GPT2.from_pretrained()
 
 
-@pytest.fixture(scope="module")
-def prompts(tokenizer):
-    """20 prompts: ten questions in the chat's format, ten stretches of stories of 1 to 90 tokens."""
+def twenty_prompts(tokenizer) -> list[list[int]]:
+    """Ten questions in the chat's format, ten stretches of stories of 1 to 90 tokens."""
     chat = ChatRenderer(tokenizer)
     stories = tokenizer.encode_ordinary((ASSETS / "data" / "stories.txt").read_text(encoding="utf-8")[:5000])
     return ([chat.prompt([{"role": "user", "content": text}]) for text in QUESTIONS]
             + [stories[10 * n:10 * n + 1 + n * n] for n in range(10)])
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return twenty_prompts(tokenizer)
 
 
 def chat(*texts: str, system: str | None = None) -> list[dict]:

@@ -12,6 +12,7 @@ import torch
 from browsers import BROWSER, contrast, launch
 from test_bpe import KINDS, fuzz
 from test_server_cli import process
+from test_web_engine import twenty_prompts
 
 from minigpt.bpe import BPETokenizer
 from minigpt.chat import ChatSession
@@ -213,6 +214,19 @@ def test_stop_edit_regenerate_and_flip(visit, hosts, where):
     assert answers(page) == [first]               # nothing was lost
 
 
+def test_a_first_prompt_and_copy(visit, hosts):
+    page = visit(hosts["server"].url, settings={"temperature": 0, "max_tokens": 12},
+                 permissions=["clipboard-read", "clipboard-write"])
+    first = page.locator(".welcome li button").first
+    asked = first.inner_text()
+    first.click()
+    done(page)
+    assert page.locator("article.user .said").inner_text() == asked
+    page.locator("article.assistant button", has_text="Copy").click()
+    page.get_by_text("Copied").wait_for()
+    assert flat(page.evaluate("navigator.clipboard.readText()")) == flat(answers(page)[0]) != ""
+
+
 # ------------------------------------------------------------------ conversations
 def test_export_and_import(visit, hosts, tmp_path):
     page = visit(hosts["server"].url, settings={"temperature": 0, "max_tokens": 20})
@@ -400,8 +414,8 @@ def test_axe_finds_nothing_serious(visit, hosts, web_build):
 # ------------------------------------------------------------------ the browser's engine in the browser
 def test_ids_and_logits_in_chromium(visit, hosts, pair):
     page = visit(hosts["browser"].url, ready=False)
-    texts = [text for kind in KINDS for text in fuzz(kind, seed=9)[:100]]
-    prompts = [ChatRenderer(pair[1]).prompt([{"role": "user", "content": text}]) for text in QUESTIONS]
+    texts = [text for kind in KINDS for text in fuzz(kind, seed=9)[:300]]
+    prompts = twenty_prompts(pair[1])
     ids, logits = page.evaluate("""async ([texts, prompts]) => {
         const engine = await import(new URL('engine.js', document.baseURI))
         const get = name => fetch('model/' + name)

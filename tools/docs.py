@@ -4,7 +4,8 @@
 
 nbdev prepares the notebooks (proc_nbs), smalldocs renders them and writes the reference from the package's docstrings;
 nothing is run. What smalldocs would fetch from elsewhere is replaced, so that the site works from a folder: formulas
-become MathML, fonts are those of the reader's system.
+become MathML, fonts are those of the reader's system. For readers who hear or type each picture has a text alternative,
+and what folds the side bar is a button.
 """
 import html
 import json
@@ -42,6 +43,31 @@ class Pages(Site):
         page.env["math"] = False
 
 
+def alternative(cells: list[dict], at: int) -> str:
+    """The text alternative of a picture in the output of cell `at`: the names of its axes, as the cell's code gives
+    them, and the last sentences of the text before it (about 300 characters), without Markdown's marks."""
+    names = re.findall(r'(?:[xy]label|title)[(=]"([^"{\\]+)"', "".join(cells[at]["source"]))
+    above = "\n\n".join("".join(cell["source"]) for cell in cells[:at] if cell["cell_type"] == "markdown")
+    text = [part for part in re.split(r"\n{2,}", above) if not part.startswith(("#", "|", "<", "```"))][-1]
+    text = re.sub(r"[*`$]|^> ?", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text))
+    sentences, kept = re.split(r"(?<=[.?!])\s+", " ".join(text.split())), []
+    while sentences and (not kept or len(" ".join(kept)) + len(sentences[-1]) < 300):
+        kept.insert(0, sentences.pop())
+    return f"Figure{': ' * bool(names)}{'; '.join(names)}. The text before it: {' '.join(kept)}"
+
+
+def describe_pictures(text: str) -> str:
+    """A notebook whose pictures have text alternatives; a cell's own `#| fig-alt:` stays."""
+    nb = json.loads(text)
+    for at, cell in enumerate(nb["cells"]):
+        kinds = {kind for output in cell.get("outputs", []) for kind in output.get("data", {})}
+        source = "".join(cell["source"])
+        if any(kind.startswith("image/") for kind in kinds) and "#| fig-alt:" not in source:
+            alt = json.dumps(alternative(nb["cells"], at), ensure_ascii=False)
+            cell["source"] = f"#| fig-alt: {alt}\n#| fig-align: left\n{source}"
+    return json.dumps(nb, ensure_ascii=False)
+
+
 def prepare() -> Path:
     """The folder from which smalldocs renders: what nbdev makes of nbs/. 00_bpe.ipynb becomes bpe.ipynb: as with
     nbdev-docs, the address of a page has no number."""
@@ -51,6 +77,7 @@ def prepare() -> Path:
         text = path.read_text(encoding="utf-8").replace(BADGE, "/colab-badge.svg")
         path.unlink()
         text = re.sub(r"(\]\((?:\.\./)*)\d\d_(\w+\.ipynb)", r"\1\2", text)
+        text = describe_pictures(text) if path.suffix == ".ipynb" else text
         path.with_name(re.sub(r"^\d\d_", "", path.name)).write_text(text, encoding="utf-8")
     config = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
     for path in notebooks():
@@ -75,6 +102,22 @@ def add_chat(target: Path) -> None:
     home.write_text(f'{before}href="try/index.html"{rest}{end}\n{CHAT_HERE}{after}', encoding="utf-8")
 
 
+# smalldocs' search takes a query as one fuzzy phrase: "lora rank" found no lesson. Here all words must be there, and what
+# one looks up (the reference, the engine room, tables) comes after what one reads.
+SEARCH = {"threshold: 0.3,": "threshold: 0.1, useExtendedSearch: true,",
+          "fuse.search(q, { limit }).map((h) => h.item)":
+          "fuse.search(q).map((h) => h.item).sort((a, b) => late(a) - late(b)).slice(0, limit)",
+          "let index = null,": "const late = (e) => /^(api|engine|benchmarks|exactness)/.test(e.href);\n  let index = null,"}
+
+
+def mend_search(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    for old, new in SEARCH.items():
+        assert old in text, f"smalldocs.js has changed: {old}"
+        text = text.replace(old, new)
+    script.write_text(text, encoding="utf-8")
+
+
 def build(target: Path = ROOT / "_docs") -> list[str]:
     """Render the site into `target`; what smalldocs has to say against it."""
     folder = prepare()
@@ -84,6 +127,11 @@ def build(target: Path = ROOT / "_docs") -> list[str]:
     shutil.move(folder / "_docs", target)
     shutil.rmtree(folder)
     add_chat(target)
+    mend_search(target / "site_libs" / "smalldocs.js")
+    for path in target.rglob("*.html"):      # an icon in a named link is no picture; what folds a section is a button
+        text = path.read_text(encoding="utf-8").replace(' role="img"></i>', ' aria-hidden="true"></i>')
+        text = re.sub(r'(data-bs-target="(#[\w-]+)") role="navigation"', r'\1 href="\2" role="button"', text)
+        path.write_text(text, encoding="utf-8")
     for path in target.rglob("*.css"):
         text = path.read_text(encoding="utf-8")
         path.write_text(re.sub(r"@import url\([\"']?https?:[^)]*\);", "", text), encoding="utf-8")
