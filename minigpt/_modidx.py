@@ -1350,6 +1350,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'minigpt/engine/gradio_page.py'),
                                             'minigpt.engine.gradio_page.model_card': ( 'engine/gradio_page.html#model_card',
                                                                                        'minigpt/engine/gradio_page.py'),
+                                            'minigpt.engine.gradio_page.only_answers_wait': ( 'engine/gradio_page.html#only_answers_wait',
+                                                                                              'minigpt/engine/gradio_page.py'),
                                             'minigpt.engine.gradio_page.page_error': ( 'engine/gradio_page.html#page_error',
                                                                                        'minigpt/engine/gradio_page.py'),
                                             'minigpt.engine.gradio_page.page_style': ( 'engine/gradio_page.html#page_style',

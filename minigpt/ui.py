@@ -276,4 +276,4 @@ def gradio_app(session: ChatSession | None = None,  # None: the shipped model
                 vote_tab(list(matches), votes)
         with gr.Tab("Model card"):
             gr.Markdown(parts.model_card() if card is None else card)
-    return page.queue(max_size=waiting)
+    return parts.only_answers_wait(page).queue(max_size=waiting)

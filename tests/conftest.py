@@ -24,6 +24,11 @@ def pytest_addoption(parser):
                      "well, though their stamps say that their outputs come from this very code")
 
 
+def pytest_collection_modifyitems(items):
+    """The runs of notebooks first: they are long, and as the last file they would keep one of two processes alone."""
+    items.sort(key=lambda item: "runs_and_saved" not in item.name)
+
+
 @pytest.fixture
 def ledger(request):
     """`ledger(name, value, peer=..., bound=...)` notes a measured figure of exactness.

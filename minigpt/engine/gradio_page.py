@@ -292,3 +292,12 @@ def chat_tab(systems: Systems,
         examples=[[text] for text in _EXAMPLES], show_progress="minimal",
         concurrency_limit=2, api_visibility="private",
         analytics_enabled=False)
+
+# %% ../../nbs/engine/gradio_page.ipynb #wait
+def only_answers_wait(page):  # Gradio's Blocks, which it returns
+    """Take the short events of a page out of Gradio's queue."""
+    for event in page.fns.values():
+        long = event.types_generator or event.concurrency_limit != "default"
+        event.queue = event.queue and bool(long or event.validator)
+    return page
+
