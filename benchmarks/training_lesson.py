@@ -1,11 +1,13 @@
 """Sentences of lesson 04 that no cell measures, over several seeds.
 
-How the first weights decide (300 steps of SGD at 0.3 and of AdamW at 0.003), whether another rate suits SGD better, what warm-up and clipping do at a
-rate of 0.02 (300 steps), and how far the model that writes gets below the bigram line. Everything else is as in the lesson: its texts, tokenizer and shapes.
-Two more are of deeper notebooks: 2,400 windows in batches of 2, 8 and 32 (deeper/optimizers), and three sizes at three budgets of operations
-(deeper/resources); they run where they are named.
+How the first weights decide (300 steps of SGD at 0.3 and of AdamW at 0.003), whether another rate suits SGD better, what
+warm-up and clipping do at a rate of 0.02 (300 steps), and how far the model that writes gets below the bigram line. `long`
+is the race of the optimizers, the sweep, warm-up and clipping once more, five times as long, past that line. Everything
+else is as in the lesson: its texts, tokenizer and shapes. Two more are of deeper notebooks: 2,400 windows in batches of 2,
+8 and 32 (deeper/optimizers), and three sizes at three budgets of operations (deeper/resources). What is not in the default
+of --only runs where it is named.
 
-    python benchmarks/training_lesson.py [--seeds 3] [--only starts rates wall story batches sizes]
+    python benchmarks/training_lesson.py [--seeds 3] [--only starts rates wall story long batches sizes]
 """
 from __future__ import annotations
 
@@ -40,6 +42,10 @@ def last_loss(model: GPT2, train: Tensor, held: Tensor, **settings) -> float:
     return held_loss(model, held)
 
 
+def sgd(model: GPT2, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
 def steps_for(width: int, budget: float) -> int:
     """Steps of 8 windows of 64 tokens that take so many operations."""
     config = GPT2Config(vocab_size=512, block_size=64, n_layer=2, n_head=2, n_embd=width)
@@ -59,14 +65,14 @@ def main() -> None:
     bigram = ngram_losses(train.numpy(), held.numpy(), 512)[1]
     plain = dict(schedule="constant", warmup_steps=0, clip=1e9)
     adamw = {lr: functools.partial(make_optimizer, lr=lr) for lr in (0.003, 0.02)}
-    optimizers = {"SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.3), "AdamW": adamw[0.003]}
+    optimizers = {"SGD": functools.partial(sgd, lr=0.3), "AdamW": adamw[0.003]}
     starts = {"as it was": dict(wte_std=0.02), "shorter positions": dict(wte_std=0.02, wpe_std=0.004),
               "longer tokens": dict(wte_std=0.1)}
     runs = {
         "starts": {f"{which}, {name}": (dict(width=64, heads=2, **start), dict(make=make, max_steps=300, **plain))
                    for which, make in optimizers.items() for name, start in starts.items()},
         "rates": {f"SGD at {lr}": (dict(width=64, heads=2, wte_std=0.1), dict(
-            make=functools.partial(lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr), lr=lr), max_steps=300, **plain))
+            make=functools.partial(sgd, lr=lr), max_steps=300, **plain))
                   for lr in (0.3, 0.5, 1.0, 3.0)},
         "wall": {name: (dict(width=64, heads=2, wte_std=0.1),
                         dict(make=adamw[0.02], max_steps=300, warmup_steps=warmup, clip=clip))
@@ -74,8 +80,17 @@ def main() -> None:
                                             ("both", 100, 1.0)]},
         "story": {"the model that writes": (dict(width=128, heads=4, wte_std=0.05), dict(
             make=functools.partial(make_optimizer, lr=5e-3, betas=(0.9, 0.98)), max_steps=2000, warmup_steps=50))},
+        "long": {name: (dict(width=64, heads=2, wte_std=0.1), dict(make=make, max_steps=1500, **plain | settings))
+                 for name, make, settings in [
+                     *((f"SGD at {lr}", functools.partial(sgd, lr=lr), {}) for lr in (0.3, 1.0)),
+                     *((f"AdamW at {lr}", functools.partial(make_optimizer, lr=lr), {})
+                       for lr in (0.001, 0.003, 0.01, 0.03)),
+                     ("0.02, neither", adamw[0.02], {}), ("0.02, warm-up", adamw[0.02], dict(warmup_steps=100)),
+                     ("0.02, clipping", adamw[0.02], dict(clip=1.0)),
+                     ("0.02, both", adamw[0.02], dict(warmup_steps=100, clip=1.0))]},
         "batches": {f"{rows} windows at {lr}": (dict(width=64, heads=2, wte_std=0.1), dict(
-            make=functools.partial(make_optimizer, lr=lr), max_steps=2400 // rows, warmup_steps=240 // rows, batch_size=rows))
+            make=functools.partial(make_optimizer, lr=lr), max_steps=2400 // rows, warmup_steps=240 // rows,
+            batch_size=rows))
                     for rows, first in ((2, 0.0025), (8, 0.005), (32, 0.005)) for lr in (first, 2 * first, 4 * first)},
         "sizes": {f"width {width}, {budget:.0e}": (dict(width=width, heads=2, wte_std=0.8 / width ** 0.5), dict(
             make=functools.partial(make_optimizer, lr=5e-3), max_steps=steps_for(width, budget), warmup_steps=30))
