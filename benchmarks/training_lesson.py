@@ -1,11 +1,11 @@
 """Sentences of lesson 04 that no cell measures, over several seeds.
 
-How the first weights decide (300 steps of SGD at 0.3 and of AdamW at 0.003), whether another rate suits SGD better, what
-warm-up and clipping do at a rate of 0.02 (300 steps), and how far the model that writes gets below the bigram line. `long`
-is the race of the optimizers, the sweep, warm-up and clipping once more, five times as long, past that line. Everything
-else is as in the lesson: its texts, tokenizer and shapes. Two more are of deeper notebooks: 2,400 windows in batches of 2,
-8 and 32 (deeper/optimizers), and three sizes at three budgets of operations (deeper/resources). What is not in the default
-of --only runs where it is named.
+How the first weights decide (300 steps of SGD at 0.3 and of AdamW at 0.003), whether another rate suits SGD better,
+what warm-up and clipping do at a rate of 0.02 (300 steps), and how far the model that writes gets below the bigram
+line. `long` is the race of the optimizers, the sweep, warm-up and clipping once more, five times as long, past that
+line. Everything else is as in the lesson: its texts, tokenizer and shapes. Two more are of deeper notebooks: 2,400
+windows in batches of 2, 8 and 32 (deeper/optimizers), and three sizes at three budgets of operations
+(deeper/resources). What is not in the default of --only runs where it is named.
 
     python benchmarks/training_lesson.py [--seeds 3] [--only starts rates wall story long batches sizes]
 """
