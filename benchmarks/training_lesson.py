@@ -80,14 +80,13 @@ def main() -> None:
                                             ("both", 100, 1.0)]},
         "story": {"the model that writes": (dict(width=128, heads=4, wte_std=0.05), dict(
             make=functools.partial(make_optimizer, lr=5e-3, betas=(0.9, 0.98)), max_steps=2000, warmup_steps=50))},
-        "long": {name: (dict(width=64, heads=2, wte_std=0.1), dict(make=make, max_steps=1500, **plain | settings))
+        "long": {name: (dict(width=64, heads=2, wte_std=0.1), dict(make=make, max_steps=1500, **settings))
                  for name, make, settings in [
-                     *((f"SGD at {lr}", functools.partial(sgd, lr=lr), {}) for lr in (0.3, 1.0)),
-                     *((f"AdamW at {lr}", functools.partial(make_optimizer, lr=lr), {})
+                     *((f"SGD at {lr}", functools.partial(sgd, lr=lr), plain) for lr in (0.3, 1.0)),
+                     *((f"AdamW at {lr}", functools.partial(make_optimizer, lr=lr), plain)
                        for lr in (0.001, 0.003, 0.01, 0.03)),
-                     ("0.02, neither", adamw[0.02], {}), ("0.02, warm-up", adamw[0.02], dict(warmup_steps=100)),
-                     ("0.02, clipping", adamw[0.02], dict(clip=1.0)),
-                     ("0.02, both", adamw[0.02], dict(warmup_steps=100, clip=1.0))]},
+                     *((f"0.02, {name}", adamw[0.02], dict(warmup_steps=warmup, clip=clip)) for name, warmup, clip
+                       in [("neither", 0, 1e9), ("warm-up", 100, 1e9), ("clipping", 0, 1.0), ("both", 100, 1.0)])]},
         "batches": {f"{rows} windows at {lr}": (dict(width=64, heads=2, wte_std=0.1), dict(
             make=functools.partial(make_optimizer, lr=lr), max_steps=2400 // rows, warmup_steps=240 // rows,
             batch_size=rows))
