@@ -252,6 +252,13 @@ def test_a_model_in_the_hubs_cache_opens_offline(tiny, tmp_path):
     assert out.stdout.strip() == "8", out.stderr
 
 
+def test_opening_a_model_does_not_import_torchs_compiler():
+    """It takes over a second, and an empty model on "meta" has it imported as soon as a number is drawn for it."""
+    code = "import sys\nfrom minigpt.gpt2 import GPT2\nGPT2.from_pretrained()\nprint('torch._dynamo' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.strip() == "False", out.stderr
+
+
 def test_folder_there_and_back(tiny, tmp_path):
     tiny.save_pretrained(tmp_path / "a" / "model")
     again = GPT2.from_pretrained(str(tmp_path / "a" / "model"))
