@@ -244,6 +244,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'minigpt.deeper.fast_bpe.merge_long': ( 'deeper/fast_bpe.html#merge_long',
                                                                                  'minigpt/deeper/fast_bpe.py'),
                                          'minigpt.deeper.fast_bpe.split_pieces': ( 'deeper/fast_bpe.html#split_pieces',
+                                                                                   'minigpt/deeper/fast_bpe.py'),
+                                         'minigpt.deeper.fast_bpe.whole_tokens': ( 'deeper/fast_bpe.html#whole_tokens',
                                                                                    'minigpt/deeper/fast_bpe.py')},
             'minigpt.deeper.fast_decoding': { 'minigpt.deeper.fast_decoding.Decoder': ( 'deeper/fast_decoding.html#decoder',
                                                                                         'minigpt/deeper/fast_decoding.py'),

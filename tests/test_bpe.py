@@ -313,6 +313,39 @@ def test_merges_that_do_not_reach_a_token_are_not_skipped(tmp_path):
         assert ours.encode(text) == theirs.encode(text).ids
 
 
+def test_tokens_that_count_as_reached_are_reached(gpt2, shipped):
+    """Made-up vocabularies, many of them odd, against HF's library; all tokens of the trained ones are sure."""
+    rng, sure, reached = random.Random(5), 0, 0
+    for _ in range(300):
+        tokens, merges = [bytes([b]) for b in range(256)], []
+        parts = [bytes([b]) for b in rng.choice([b"a", b"ab", b"abc"])] + rng.choices([b"abba", b"aa"], k=rng.randint(0, 1))
+        tokens += [part for part in parts if len(part) > 1]
+        for _ in range(rng.randint(1, 10)):
+            pair = rng.choice(parts), rng.choice(parts)
+            token = pair[0] + pair[1]
+            if len(token) <= 16 and pair not in merges:
+                merges.append(pair)
+                if token not in tokens:
+                    tokens.append(token)
+                    parts.append(token)
+        if rng.random() < 0.2:
+            rng.shuffle(merges)
+        shown = bpe.bytes_to_unicode()
+        word = ["".join(shown[b] for b in token) for token in tokens]
+        theirs = tokenizers.Tokenizer(models.BPE(dict(zip(word, range(len(word)))),
+                                                 [("".join(shown[b] for b in a), "".join(shown[b] for b in c))
+                                                  for a, c in merges]))
+        encode = fast_bpe.WordEncoder({token: i for i, token in enumerate(tokens)}, merges)
+        for i, token in enumerate(tokens[256:], 256):
+            ids = theirs.encode(word[i]).ids
+            assert encode(token) == ids, (merges, token)
+            sure += encode.whole[i]
+            reached += ids == [i]
+    assert 0.6 * reached < sure < reached
+    for trained in (gpt2, shipped):
+        assert sum(trained._cache.encode_word.whole) == len(trained._ids)
+
+
 def test_a_stray_special_token_is_an_error(shipped):
     with pytest.raises(ValueError, match=r"'<\|im_end\|>' at character 3 .*encode_ordinary"):
         shipped.encode("ab <|im_end|>")
