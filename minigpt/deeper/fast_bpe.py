@@ -191,9 +191,9 @@ class WordEncoder:
                 ) from None
         self.ranks = {pair: n for n, pair in enumerate(pairs)}
         self.token_ids = ids
-        self.whole = whole_tokens(
-            1 + max(ids.values(), default=-1), [i for i in self.byte_ids if i >= 0],
-            pairs, self.new_ids).tobytes()
+        known = [i for i in self.byte_ids if i >= 0]
+        self.whole = whole_tokens(1 + max(ids.values(), default=-1), known,
+                                  pairs, self.new_ids).tobytes()
 
     def __call__(self, word: bytes) -> list[int]:
         """The ids of a word: always merge the pair of the lowest rank."""
