@@ -20,8 +20,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what 
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="run each notebook: the deeper ones and those of the engine as "
-                     "well, though their stamps say that their outputs come from this very code")
+    parser.addoption("--all", action="store_true", help="run each notebook: also lessons of more than half a minute, the "
+                     "deeper ones and those of the engine whose stamps say that their outputs come from this very code")
 
 
 def pytest_collection_modifyitems(items):

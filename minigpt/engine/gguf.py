@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy import ndarray
 
 from .files import atomic_file
 
@@ -30,14 +29,14 @@ _STRING, _ARRAY = 8, 9          # types of metadata besides numbers
 _FLOATS = {"F32": "<f4", "F16": "<f2"}
 
 # %% ../../nbs/engine/gguf.ipynb #dequantize
-def _halves(blocks: ndarray) -> ndarray:
+def _halves(blocks: np.ndarray) -> np.ndarray:
     """The half bytes of (N, 16) bytes as float32 (N, 32)."""
     return np.concatenate([blocks & 15, blocks >> 4], 1).astype(np.float32)
 
 
-def dequantize(data: ndarray,  # uint8 (bytes,)
+def dequantize(data: np.ndarray,  # uint8 (bytes,)
                kind: str,      # "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"
-               ) -> ndarray:   # float32 (numbers,)
+               ) -> np.ndarray:   # float32 (numbers,)
     """The numbers that bytes stand for."""
     if kind in _FLOATS:
         return data.view(_FLOATS[kind]).astype(np.float32)
@@ -54,21 +53,20 @@ def dequantize(data: ndarray,  # uint8 (bytes,)
         values = d * _halves(blocks[:, 4:]) + m
     return values.reshape(-1)
 
-def _steps(blocks: ndarray, d: ndarray) -> ndarray:
+def _steps(blocks: np.ndarray, d: np.ndarray) -> np.ndarray:
     """blocks / d, and 0 where d is 0."""
-    with np.errstate(divide="ignore"):
-        return blocks * np.where(d == 0, 0, 1 / d).astype(np.float32)
+    return blocks * np.divide(1, d, out=np.zeros_like(d), where=d != 0)
 
 
-def _half_bytes(steps: ndarray) -> ndarray:
+def _half_bytes(steps: np.ndarray) -> np.ndarray:
     """Whole numbers (N, 32) as (N, 16) bytes; they are cut to 0...15."""
     q = steps.astype(np.uint8).clip(0, 15)
     return q[:, :16] | q[:, 16:] << 4
 
 
-def quantize(values: ndarray,  # float32, a multiple of the block
+def quantize(values: np.ndarray,  # float32, a multiple of the block
              kind: str,        # as in dequantize()
-             ) -> ndarray:     # uint8 (bytes,)
+             ) -> np.ndarray:     # uint8 (bytes,)
     """The bytes that stand for them, rounded as llama.cpp does."""
     values = np.ascontiguousarray(values, "<f4")
     if kind in _FLOATS:
@@ -90,8 +88,7 @@ def quantize(values: ndarray,  # float32, a multiple of the block
     else:
         m = blocks.min(1, keepdims=True)
         d = (blocks.max(1, keepdims=True) - m) / 15
-        q = _steps(blocks - m, d) + np.float32(0.5)
-        parts = [d, m, _half_bytes(q)]
+        parts = [d, m, _half_bytes(_steps(blocks - m, d) + np.float32(0.5))]
     parts = [part if part.dtype == np.uint8 else
              part.astype("<f2").view(np.uint8) for part in parts]
     return np.concatenate(parts, axis=1).reshape(-1)
@@ -125,7 +122,7 @@ class _Cursor:
         """A string; ValueError unless it is UTF-8."""
         return self.take(self.number("Q")).decode("utf-8")
 
-    def numbers(self, kind: int, count: int) -> ndarray:
+    def numbers(self, kind: int, count: int) -> np.ndarray:
         """Numbers of a type of metadata."""
         dtype = np.dtype(_NUMBERS[kind])
         data = np.frombuffer(self.take(count * dtype.itemsize), np.uint8)
@@ -143,8 +140,8 @@ class _Cursor:
         if inner in _NUMBERS:
             size = np.dtype(_NUMBERS[inner]).itemsize
             return self.numbers(inner, self.count(size))
-        what = "a list of lists" if inner == _ARRAY else "an unknown type"
-        raise ValueError(f"{what} of metadata before byte {self.at}")
+        raise ValueError("metadata of an unknown type, or a list of lists, "
+                         f"before byte {self.at}")
 
 # %% ../../nbs/engine/gguf.ipynb #info
 class TensorInfo(NamedTuple):
@@ -169,8 +166,7 @@ def _read_info(cursor: _Cursor) -> TensorInfo:
     if not all(shape) or shape[-1] % _BLOCKS[kind][0]:
         raise ValueError(f"the tensor {name[:60]!r} has the shape {shape}, "
                          f"which is not possible in {kind}")
-    numbers, size = _BLOCKS[kind]
-    nbytes = prod(shape) // numbers * size
+    nbytes = prod(shape) // _BLOCKS[kind][0] * _BLOCKS[kind][1]
     return TensorInfo(name, shape, kind, offset, nbytes)
 
 
@@ -217,14 +213,13 @@ class GGUF:
         for info in sorted(infos, key=lambda info: info.offset):
             where = f"the tensor {info.name[:60]!r}"
             if info.offset % step or info.offset < end:
-                raise ValueError(f"{where} begins inside of another, or at no "
-                                 f"multiple of general.alignment={step}")
+                raise ValueError(f"{where} overlaps or is not aligned")
             end = info.offset + info.nbytes
             if end > room:
                 raise ValueError(f"{where} would end {end - room:,} bytes "
                                  "after the file")
 
-    def tensor(self, name: str) -> ndarray:  # float32
+    def tensor(self, name: str) -> np.ndarray:  # float32
         """The numbers of a tensor; ValueError if some are not finite."""
         info = self.tensors[name]
         data = np.frombuffer(self._data, np.uint8, info.nbytes,
@@ -247,7 +242,7 @@ def _text(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _as_array(value) -> ndarray:
+def _as_array(value) -> np.ndarray:
     """Numbers with the dtype that they are written with."""
     found = np.asarray(value)
     if type(value) is int and 0 <= value < 2**32:
@@ -275,11 +270,10 @@ def _pair(name: str, value) -> bytes:
 
 def write_gguf(path: str | Path,
                metadata: Mapping,  # name -> str, int, float, bool, list
-               tensors: Mapping[str, tuple[ndarray, str]],  # name ->
-                        # (numbers, kind), as in dequantize()
+               tensors: Mapping[str, tuple[np.ndarray, str]],  # by name
                *, overwrite: bool = False,
                ) -> None:
-    """Write a GGUF file of version 3.
+    """Write a GGUF file of version 3: of each tensor numbers and kind.
 
     Raises FileExistsError unless `overwrite`, and ValueError for a kind that
     is not known, or whose blocks do not fit the rows."""
@@ -299,8 +293,7 @@ def write_gguf(path: str | Path,
     pairs = [_pair(*item) for item in metadata.items()]
     head = struct.pack("<4sIQQ", b"GGUF", 3, len(infos), len(pairs)) + \
         b"".join(pairs + infos)
-    with atomic_file(path, overwrite=overwrite) as aside, \
-            open(aside, "wb") as file:
+    with atomic_file(path, overwrite=overwrite) as at, open(at, "wb") as file:
         file.write(head + bytes(-len(head) % 32))
         for values, kind in tensors.values():
             data = quantize(values, kind).tobytes()
