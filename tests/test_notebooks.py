@@ -55,6 +55,14 @@ def test_first_cell_is_title_and_line_alone(path):
     assert re.fullmatch(r"# .+\n+> .+\n?", tool.source(tool.read(path)["cells"][0]))
 
 
+@pytest.mark.parametrize("path", EVERY)
+def test_each_picture_has_a_caption_and_a_text_alternative(path):
+    for cell in tool.read(path)["cells"]:
+        if any(kind.startswith("image/") for output in cell.get("outputs", []) for kind in output.get("data", {})):
+            assert 0 < len(cell["metadata"].get("fig-cap", "")) <= 90, cell["id"]
+            assert 50 < len(cell["metadata"].get("fig-alt", "")) <= 420, cell["id"]
+
+
 # ------------------------------------------------------------------ what makes outputs stale: a small house
 
 def cell(kind: str, name: str, text: str) -> dict:
