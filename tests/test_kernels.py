@@ -398,20 +398,25 @@ def test_fast_linear_is_linear(dtype, bound, rows):
         pytest.skip("this torch has no oneDNN for the type")
     for bias in (layer.bias, None):
         want = F.linear(x.double(), layer.weight.double(), None if bias is None else bias.double())
-        got = FastLinear(layer.weight, bias)(x)
-        assert got.dtype == dtype and (got - want).norm() < bound * want.norm()
+        fast = FastLinear(layer.weight, bias, columns=True)
+        got, one = fast(x), fast(x[:1, :1])
+        assert got.dtype == one.dtype == dtype and (got - want).norm() < bound * want.norm()
+        assert one.shape == (1, 1, 200) and (one - want[:1, :1]).norm() < bound * want[:1, :1].norm()
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_auto_takes_the_layout_that_was_measured_faster(faster, monkeypatch):
-    seconds = iter([2.0, 1.0, 2.0, 1.5] if faster else [1.0, 2.0, 1.0, 0.9])       # plain, blocks; for one row and for eight
+@pytest.mark.parametrize("seconds, kind, columns", [     # eight rows plain, in blocks; one row in blocks, by columns, plain
+    ([2.0, 1.5, 1.0, 1.1, 2.0], FastLinear, False), ([2.0, 1.5, 1.0, 0.9, 2.0], FastLinear, True),
+    ([1.0, 0.9, 2.0, 2.1, 1.0], nn.Linear, False), ([1.0, 1.1, 2.0, 0.8, 1.0], FastLinear, True)])
+def test_auto_takes_the_layout_that_was_measured_faster(seconds, kind, columns, monkeypatch):
+    times = iter(seconds)
     monkeypatch.setattr(kernels, "_faster", {})
-    monkeypatch.setattr(kernels, "best_time", lambda function, x: next(seconds))
+    monkeypatch.setattr(kernels, "best_time", lambda function, x: next(times))
     monkeypatch.setattr(kernels, "has_onednn", lambda weight: True)
-    monkeypatch.setattr(kernels, "FastLinear", lambda weight, bias=None: nn.Identity())
     for _ in range(2):                                                             # the second time nothing is measured
-        twin = for_inference(a_model())
-        assert isinstance(twin.blocks[0].mlp.c_fc, nn.Identity if faster else nn.Linear)
+        mlp = for_inference(a_model()).blocks[0].mlp
+        assert isinstance(mlp.c_fc, kind)
+        if kind is FastLinear:                                                     # columns: where there are more outputs
+            assert (mlp.c_fc.columns is not None) is columns and mlp.c_proj.columns is None
 
 
 @pytest.mark.parametrize("where, name, none", [

@@ -277,16 +277,22 @@ def has_onednn(weight: Tensor) -> bool:
 class FastLinear(nn.Module):
     """x -> x weight^T + bias by a copy of the weight in oneDNN's blocks."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None,
+                 columns: bool = False  # one more copy, for single rows
+                 ):
         super().__init__()
         self.weight, self.bias = weight, bias
+        self.columns = weight.detach().t().contiguous() if columns else None
         make = torch.ops.mkldnn._reorder_linear_weight.default
         self.blocks = make(weight.detach().contiguous(), 8)
         self.shift = None if bias is None else bias.detach()
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return self.multiply(x, self.blocks, self.shift, "none", [], "")
+        if self.columns is None or x.numel() > x.shape[-1]:
+            return self.multiply(x, self.blocks, self.shift, "none", [], "")
+        y = x @ self.columns
+        return y if self.shift is None else y + self.shift
 
 # %% ../../nbs/engine/kernels.ipynb #int8engine
 def int8_engine(chosen: str, supported: Sequence[str]) -> str:
@@ -334,7 +340,7 @@ class Int8Linear(nn.Module):
         return y.to(x.dtype)
 
 # %% ../../nbs/engine/kernels.ipynb #blocks-win
-_faster: dict[tuple, bool] = {}  # the measurements of this process
+_faster: dict[tuple, tuple[bool, bool]] = {}  # measured in this process
 
 
 def best_time(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
@@ -348,20 +354,23 @@ def best_time(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 # %% ../../nbs/engine/kernels.ipynb #blocks-win2
 @torch.inference_mode()
-def blocks_win(weight: Tensor) -> bool:
+def faster(weight: Tensor) -> tuple[bool, bool]:
     """Whether FastLinear is faster than the plain product here, for a weight
-    of this shape: at one row and eight, by the product of both gains."""
+    of this shape: at one row and eight, by the product of both gains; and
+    whether at one row columns are faster than blocks."""
     if not has_onednn(weight):
-        return False
+        return False, False
     key = (weight.shape, weight.dtype, torch.get_num_threads())
     if key not in _faster:
-        weight, gain = weight[:2**24 // weight.shape[1]].detach(), 1.0
+        weight = weight[:2**24 // weight.shape[1]].detach()
+        one, eight = (weight[:1].expand(n, -1).contiguous() for n in (1, 8))
+        plain = functools.partial(F.linear, weight=weight)
         fast = FastLinear(weight)
-        for rows in (1, 8):
-            x = weight[:1].expand(rows, -1).contiguous()
-            gain *= best_time(lambda x: F.linear(x, weight), x)
-            gain /= best_time(fast, x)
-        _faster[key] = gain > 1
+        gain = best_time(plain, eight) / best_time(fast, eight)
+        blocks, fast.columns = best_time(fast, one), weight.t().contiguous()
+        columns = best_time(fast, one)
+        gain *= best_time(plain, one) / min(blocks, columns)
+        _faster[key] = gain > 1, columns < blocks
     return _faster[key]
 
 # %% ../../nbs/engine/kernels.ipynb #lean
@@ -400,7 +409,7 @@ def shallow_copy(
 def for_inference(
         model: nn.Module,  # a GPT2; stays as it is
         weights: str = "auto",  # "fast", "int8", "live" (the model's own), or
-                                # the faster of the exact two, by blocks_win()
+                                # the faster of the exact two, by faster()
         ) -> nn.Module:
     """A copy for inference, its linear layers and head laid out anew.
 
@@ -416,17 +425,23 @@ def for_inference(
     if weights == "int8" and table.device.type != "cpu":
         raise ValueError(f"weights='int8' is for CPUs: try 'auto' on "
                          f"{table.device}")
-    kind = Int8Linear if weights == "int8" else FastLinear
-    if weights == "live" or weights == "auto" and not blocks_win(table) \
+    win, columns = faster(table) if weights in ("auto", "fast") else (0, 0)
+    if weights == "live" or weights == "auto" and not win \
             or weights == "fast" and not has_onednn(table):
         return shallow_copy(model)
+
+    def laid_out(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+        if weights == "int8":
+            return Int8Linear(weight, bias)
+        wide = weight.shape[0] > weight.shape[1]
+        return FastLinear(weight, bias, columns and wide)
 
     def change(module: nn.Module) -> nn.Module | None:
         plain = type(module).forward is nn.Linear.forward
         if plain and not (module._forward_hooks or module._forward_pre_hooks):
-            return kind(module.weight, module.bias)
+            return laid_out(module.weight, module.bias)
         return None
     twin = shallow_copy(model, change)
     if twin.lm_head is None:
-        twin.lm_head = kind(table).eval()
+        twin.lm_head = laid_out(table).eval()
     return twin
