@@ -142,19 +142,19 @@ def plot_lens(model: GPT2,  # stays as it is
     words = [tokenizer.decode([i]).replace("\n", "\\n") for i in ids]
     lens = logit_lens(model, torch.tensor([ids], device=model.device))
     best = lens[:, 0].float().softmax(-1).cpu().max(-1)      # (L + 1, T)
-    ax = plt.subplots(figsize=(max(4, 0.75 * len(ids)), 4.2),
+    ax = plt.subplots(figsize=(max(4, 0.7 * len(ids)), 4.2),
                       layout="constrained")[1]
     picture = ax.imshow(best.values, cmap="Blues", vmin=0, vmax=1,
                         aspect="auto")
     for row, line in enumerate(best.indices.tolist()):
         for t, i in enumerate(line):
             word = tokenizer.decode([i]).replace("\n", "\\n")
-            ax.text(t, row, word, ha="center", va="center", fontsize=7,
-                    color="white" if best.values[row, t] > 0.6 else "black",
-                    parse_math=False)
-    ax.set_xticks(range(len(words)), words, rotation=30, fontsize=8,
+            ax.text(t, row, word, ha="center", va="center", parse_math=False,
+                    fontsize=9 if len(word) < 10 else 7,
+                    color="white" if best.values[row, t] > 0.6 else "black")
+    ax.set_xticks(range(len(words)), words, rotation=30, fontsize=9,
                   parse_math=False)
     ax.set(xlabel="token read", ylabel="blocks passed",
            title="the likeliest next token, block by block")
-    ax.figure.colorbar(picture, label="its probability")
+    ax.figure.colorbar(picture, label="its probability", fraction=0.03)
     return ax

@@ -345,7 +345,8 @@ def _bars(ax: Any, reports: Sequence[dict], panel: str) -> None:
                 error_kw={"lw": 1})
     ax.set(yticks=range(len(names)), title=panel, yticklabels=[
         name.replace("_", " ") for name in names])
-    ax.set_xlim(left=0)
+    measured = "share right" if shown[0].share else shown[0].name
+    ax.set(xlim=(0, None), xlabel=f"{measured} (line: 95 % interval)")
     ax.invert_yaxis()
 
 
@@ -370,7 +371,8 @@ def draw_report(reports: Sequence[dict]):  # of run_suite
                 label=report["name"])
     ax.set(xlabel="confidence", ylabel="share right", title="Calibration",
            xlim=(0, 1), ylim=(0, 1))
-    ax.legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4,
+                  loc="outside upper center")
     for empty in axes[len(panels) + 1:]:
         empty.remove()
     return figure
