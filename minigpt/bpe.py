@@ -234,6 +234,6 @@ def plot_merge_tree(tokenizer: BPETokenizer, word: str, ax=None):
         top = max(top, draw(tree, x)[1])
         x += len(tree[0])
     ax.set(xlim=(-0.7, x - 0.3), ylim=(-0.5, top + 0.7), xticks=[],
-           yticks=range(top + 1), ylabel="merges below",
+           yticks=range(top + 1), ylabel="levels below",
            title=f"How the merges build {word!r}")
     return ax

@@ -56,8 +56,8 @@ def plot_losses(curves: Mapping[str, Sequence], # name -> (step, loss) pairs
         ax.plot(*zip(*curve), label=name)
     for name, loss in lines.items():
         ax.axhline(loss, color="gray", linestyle="--", linewidth=1)
-        ax.annotate(name, (0, loss), xycoords=("axes fraction", "data"),
-                    xytext=(3, 3), textcoords="offset points", color="gray")
+        ax.annotate(name, (1, loss), xycoords=("axes fraction", "data"),
+                    xytext=(3, -3), textcoords="offset points", color="gray")
     ax.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     ax.margins(y=0.1)
     ax.legend()
