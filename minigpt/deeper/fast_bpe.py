@@ -134,30 +134,33 @@ def whole_tokens(size: int, # ids there are
                  pairs: list[int], # left << BITS | right, by rank
                  new_ids: list[int], # rank -> merged id
                  ) -> np.ndarray: # (size,), True for a token that is sure
-    """The tokens that their own bytes are surely merged into."""
+    """The tokens that their own bytes are surely merged into.
+
+    Ids are distinct and below 2**BITS.
+    """
     pair = np.array(pairs, int)
     keys, rank_of = np.sort(pair), np.argsort(pair) + 1
     lefts, rights = pair >> BITS, pair & (1 << BITS) - 1
     made, first = np.unique(np.array(new_ids, int), return_index=True)
-    left, right, age = np.zeros((3, size), int)
+    left, right, born = np.zeros((3, size), int)  # born: rank + 1, or 0
     left[made], right[made] = lefts[first], rights[first]
-    age[made] = first + 1
+    born[made] = first + 1
     sure = np.zeros(size, bool)
     sure[byte_ids] = True
     if (np.diff(keys) == 0).any() or (
-            np.maximum(age[lefts], age[rights]) > np.arange(len(keys))).any():
-        return sure        # a pair stands there twice, or before its parts
+            np.maximum(born[lefts], born[rights]) > np.arange(len(keys))).any():
+        return sure        # a pair is listed twice, or before its parts
     sure[made] = True
     token, a, b = made, left[made], right[made]
     while len(token):
-        last = np.maximum(age[a], age[b])
-        token, a, b, last = (x[last > 0] for x in (token, a, b, last))
-        undo_a = age[a] > age[b]
+        undone = np.maximum(born[a], born[b])
+        token, a, b, undone = (x[undone > 0] for x in (token, a, b, undone))
+        undo_a = born[a] > born[b]
         a, b = np.where(undo_a, right[a], a), np.where(undo_a, b, left[b])
         pair = a << BITS | b
-        at = np.searchsorted(keys, pair).clip(max=len(keys) - 1)
+        at = np.searchsorted(keys, pair).clip(max=len(keys) - 1)  # all pairs
         rank = np.where(keys[at] == pair, rank_of[at], len(keys) + 1)
-        sure[token[(rank < last) | (rank == last) & ~undo_a]] = False
+        sure[token[(rank < undone) | (rank == undone) & ~undo_a]] = False
     while (lost := sure[made] > sure[left[made]] & sure[right[made]]).any():
         sure[made[lost]] = False
     return sure
@@ -167,7 +170,8 @@ _NO_RANK = 1 << 62
 
 
 class WordEncoder:
-    """Encodes single words, as BPETokenizer does.
+    """Encodes single words, as BPETokenizer does (where a merge comes after
+    those that make its parts; else as Hugging Face's library).
 
     Bytes without a token, where that is allowed, are left out. Raises
     ValueError if a merge needs or makes a token without an id.
@@ -196,7 +200,7 @@ class WordEncoder:
                                   pairs, self.new_ids).tobytes()
 
     def __call__(self, word: bytes) -> list[int]:
-        """The ids of a word: always merge the pair of the lowest rank."""
+        """The ids of a word, as if by merging the pair of the lowest rank."""
         word = word.translate(None, self.unknown)
         token = self.token_ids.get(word, -1)
         if token >= 0 and self.whole[token]:

@@ -275,7 +275,8 @@ def has_onednn(weight: Tensor) -> bool:
 
 # %% ../../nbs/engine/kernels.ipynb #fastlinear
 class FastLinear(nn.Module):
-    """x -> x weight^T + bias by a copy of the weight in oneDNN's blocks."""
+    """x -> x weight^T + bias by a copy of the weight in oneDNN's blocks, and
+    for a single row by a transposed one where there is one."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None,
                  columns: bool = False  # one more copy, for single rows
@@ -409,7 +410,7 @@ def shallow_copy(
 def for_inference(
         model: nn.Module,  # a GPT2; stays as it is
         weights: str = "auto",  # "fast", "int8", "live" (the model's own), or
-                                # the faster of the exact two, by faster()
+                                # the faster of the two without it
         ) -> nn.Module:
     """A copy for inference, its linear layers and head laid out anew.
 
