@@ -25,8 +25,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """The runs of notebooks first: they are long, and as the last file they would keep one of two processes alone."""
-    items.sort(key=lambda item: "runs_and_saved" not in item.name)
+    """What is long first, the runs of notebooks and the site: as the last file it would keep one of two processes alone."""
+    items.sort(key=lambda item: "runs_and_saved" not in item.name and "test_site" not in item.nodeid)
 
 
 @pytest.fixture
