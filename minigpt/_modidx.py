@@ -1496,6 +1496,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'minigpt/engine/kernels.py'),
                                         'minigpt.engine.kernels.for_inference': ( 'engine/kernels.html#for_inference',
                                                                                   'minigpt/engine/kernels.py'),
+                                        'minigpt.engine.kernels.for_one_row': ( 'engine/kernels.html#for_one_row',
+                                                                                'minigpt/engine/kernels.py'),
                                         'minigpt.engine.kernels.has_onednn': ( 'engine/kernels.html#has_onednn',
                                                                                'minigpt/engine/kernels.py'),
                                         'minigpt.engine.kernels.in_blocks': ('engine/kernels.html#in_blocks', 'minigpt/engine/kernels.py'),

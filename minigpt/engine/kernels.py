@@ -274,25 +274,31 @@ def has_onednn(weight: Tensor) -> bool:
         and own._is_mkldnn_bf16_supported())
 
 # %% ../../nbs/engine/kernels.ipynb #fastlinear
+def for_one_row(weight: Tensor) -> Tensor:  # (out, in) -> (in, out)
+    """A copy, transposed in memory if it has more outputs than inputs."""
+    wide = weight.shape[0] > weight.shape[1]
+    return weight.t().contiguous() if wide else weight.clone().t()
+
+
 class FastLinear(nn.Module):
     """x -> x weight^T + bias by a copy of the weight in oneDNN's blocks, and
-    for a single row by a transposed one where there is one."""
+    for a single row by another one where there is one."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None,
-                 columns: bool = False  # one more copy, for single rows
+                 single: bool = False  # one more copy, for single rows
                  ):
         super().__init__()
         self.weight, self.bias = weight, bias
-        self.columns = weight.detach().t().contiguous() if columns else None
+        self.single = for_one_row(weight.detach()) if single else None
         make = torch.ops.mkldnn._reorder_linear_weight.default
         self.blocks = make(weight.detach().contiguous(), 8)
         self.shift = None if bias is None else bias.detach()
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if self.columns is None or x.numel() > x.shape[-1]:
+        if self.single is None or x.numel() > x.shape[-1]:
             return self.multiply(x, self.blocks, self.shift, "none", [], "")
-        y = x @ self.columns
+        y = x @ self.single
         return y if self.shift is None else y + self.shift
 
 # %% ../../nbs/engine/kernels.ipynb #int8engine
@@ -358,7 +364,7 @@ def best_time(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
 def faster(weight: Tensor) -> tuple[bool, bool]:
     """Whether FastLinear is faster than the plain product here, for a weight
     of this shape: at one row and eight, by the product of both gains; and
-    whether at one row columns are faster than blocks."""
+    whether at one row another copy is faster than blocks."""
     if not has_onednn(weight):
         return False, False
     key = (weight.shape, weight.dtype, torch.get_num_threads())
@@ -368,10 +374,10 @@ def faster(weight: Tensor) -> tuple[bool, bool]:
         plain = functools.partial(F.linear, weight=weight)
         fast = FastLinear(weight)
         gain = best_time(plain, eight) / best_time(fast, eight)
-        blocks, fast.columns = best_time(fast, one), weight.t().contiguous()
-        columns = best_time(fast, one)
-        gain *= best_time(plain, one) / min(blocks, columns)
-        _faster[key] = gain > 1, columns < blocks
+        blocks, fast.single = best_time(fast, one), for_one_row(weight)
+        single = best_time(fast, one)
+        gain *= best_time(plain, one) / min(blocks, single)
+        _faster[key] = gain > 1, single < blocks
     return _faster[key]
 
 # %% ../../nbs/engine/kernels.ipynb #lean
@@ -426,23 +432,19 @@ def for_inference(
     if weights == "int8" and table.device.type != "cpu":
         raise ValueError(f"weights='int8' is for CPUs: try 'auto' on "
                          f"{table.device}")
-    win, columns = faster(table) if weights in ("auto", "fast") else (0, 0)
+    win, single = faster(table) if weights in ("auto", "fast") else (0, 0)
     if weights == "live" or weights == "auto" and not win \
             or weights == "fast" and not has_onednn(table):
         return shallow_copy(model)
-
-    def laid_out(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-        if weights == "int8":
-            return Int8Linear(weight, bias)
-        wide = weight.shape[0] > weight.shape[1]
-        return FastLinear(weight, bias, columns and wide)
+    kind = Int8Linear if weights == "int8" else functools.partial(
+        FastLinear, single=single)
 
     def change(module: nn.Module) -> nn.Module | None:
         plain = type(module).forward is nn.Linear.forward
         if plain and not (module._forward_hooks or module._forward_pre_hooks):
-            return laid_out(module.weight, module.bias)
+            return kind(module.weight, module.bias)
         return None
     twin = shallow_copy(model, change)
     if twin.lm_head is None:
-        twin.lm_head = laid_out(table).eval()
+        twin.lm_head = kind(table).eval()
     return twin
