@@ -422,7 +422,6 @@ def test_auto_takes_the_layout_that_was_measured_faster(seconds, kind, single, m
             assert mlp.c_proj.single.data_ptr() != mlp.c_proj.weight.data_ptr()
 
 
-
 @pytest.mark.parametrize("where, name, none", [
     (kernels, "has_onednn", lambda weight: False), (torch.ops, "mkldnn", SimpleNamespace())], ids=["no oneDNN", "another torch"])
 def test_auto_is_the_plain_layout_where_there_are_no_blocks(where, name, none, monkeypatch):
