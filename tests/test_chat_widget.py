@@ -249,7 +249,7 @@ def test_a_chat_is_saved_and_opened(page, tmp_path):
         choose(page, str(path))
         answered(page, 4)
         assert page.locator(".minigpt-chat .said-user .text").all_inner_texts() == shown
-        assert page.get_by_role("status").inner_text() == "Opened minigpt-chat.json."
+        page.get_by_role("status").get_by_text("Opened minigpt-chat.json.", exact=True).wait_for(timeout=20_000)
     own = ChatSession(temperature=0, seed=1, max_new_tokens=16)
     own.messages = messages
     press(page, "temperature", "Home", "0.00")

@@ -3,50 +3,31 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
-from notebooks import ROOT, as_text, read, source
+from notebooks import ROOT, kind_of, notebooks
 
 config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 ADDRESS, BRANCH = config["DEFAULT"]["git_url"], config["DEFAULT"]["branch"]
-COLAB = "https://colab.research.google.com"
-LINK = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+(?=/blob/)|(?<=git\+)https://[\w./-]+")
+LINK = re.compile(r"(?<=git\+)https://[\w./-]+")
+PAGE = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+(?=/blob/)")   # other projects' only in notebooks
 CHAT = re.compile(r"https://[\w./-]+(?=/try/index\.html)")
-BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\([^)]*\)")
-INSTALL = f'''#| hide
-#| eval: false
-import importlib.util
-if importlib.util.find_spec("minigpt") is None:  # on Colab
-    # from its repository: on PyPI the name belongs to another project
-    %pip install -q "minigpt @ git+{ADDRESS}"'''
+BADGE = re.compile(r"(?<=\(https://colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+/blob/[^)\s]+")
 
 
-def with_cells(path: Path) -> str:
-    """A lesson with its badge, which stands in one of its first two cells, and its install cell for Colab."""
-    nb = read(path)
-    cells = nb["cells"]
-    place = f"{ADDRESS.removeprefix('https://github.com/')}/blob/{BRANCH}/{path.relative_to(ROOT).as_posix()}"
-    badge = f"[![Open In Colab]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/{place})"
-    top = next((c for c in cells[:2] if BADGE.search(source(c))), None)
-    if not top:
-        cells.insert(1, top := {"cell_type": "markdown", "id": "badge", "metadata": {}, "source": badge})
-    code = next((c for c in cells if c["cell_type"] == "code" and 'find_spec("minigpt")' in source(c)), None)
-    if not code:
-        code = {"cell_type": "code", "execution_count": None, "id": "install", "metadata": {}, "outputs": []}
-        cells.insert(2, code)
-    top["source"] = BADGE.sub(badge, source(top)).splitlines(keepends=True)
-    code["source"] = INSTALL.splitlines(keepends=True)
-    return as_text(nb)
+def place(path: Path) -> str:
+    """Where Colab finds a notebook."""
+    return f"{ADDRESS.removeprefix('https://github.com/')}/blob/{BRANCH}/{path.relative_to(ROOT).as_posix()}"
 
 
 def written() -> dict[Path, str]:
     """Each file that holds the address, as it has to be."""
     site = re.sub(r"https://github\.com/[\w.-]+/[\w.-]+", ADDRESS, (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     site = re.sub(r"(?m)^(  site-url: ).*", rf"\g<1>{config['DEFAULT']['doc_url']}", site)
+    lessons = [path for path in notebooks() if kind_of(path) in ("lesson", "deeper")]
     pages = [ROOT / "README.md", ROOT / "nbs" / "index.ipynb", *(p for p in ROOT.glob("deploy/**/*") if p.is_file())]
-    lessons = [*ROOT.glob("nbs/[0-9]*.ipynb"), *ROOT.glob("nbs/deeper/*.ipynb")]
-    texts = {p: CHAT.sub(config["DEFAULT"]["doc_url"], LINK.sub(ADDRESS, p.read_text(encoding="utf-8"))) for p in pages}
-    return texts | {ROOT / "_quarto.yml": site} | {
-        p: with_cells(p) for p in lessons}
+    texts = {p: LINK.sub(ADDRESS, p.read_text(encoding="utf-8")) for p in [*pages, *lessons]}
+    return {ROOT / "_quarto.yml": site} | {p: BADGE.sub(place(p), texts[p]) for p in lessons} | {
+        p: CHAT.sub(config["DEFAULT"]["doc_url"], PAGE.sub(ADDRESS, texts[p])) for p in pages}
 
 
 if __name__ == "__main__":
