@@ -53,7 +53,7 @@ def estimate_memory(config: GPT2Config,
     C, V, N = config.n_embd, config.vocab_size, batch * T
     count = sum(count_parts(config).values())
     if not training:
-        acts = N * (10 * C + V) * size      # ten rows: inside the MLP
+        acts = N * max(10 * C, 2 * C + V) * size  # in the MLP, at the head
         return Memory(count * size, 0, 0, acts,
                       count * size + acts + 8 * 2**20)
     copies = count * size if size < 4 else 0     # of the weights, by autocast
