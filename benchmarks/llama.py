@@ -114,7 +114,7 @@ def main():
                    ("8 bits", "minigpt, int8"): (ours, "int8")}
         if node:
             engines |= {("float32", "llama.cpp"): (llama_cpp, f"{folder}/float32/model.gguf"),
-                        ("8 bits", "llama.cpp, Q8_0"): (llama_cpp, f"{folder}/q8_0/model.gguf")}
+                        ("8 bits", "llama.cpp, int8 (Q8_0)"): (llama_cpp, f"{folder}/q8_0/model.gguf")}
         if a.only:
             engines = {key: engine for key, engine in engines.items() if key[1] in a.only}
         found = {key: [] for key in engines}

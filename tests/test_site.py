@@ -62,6 +62,13 @@ def test_every_benchmark_script_is_run():
     assert there <= run | run_all.OTHERS, f"benchmarks/run_all.py leaves out {there - run}"
 
 
+def test_a_ratio_lies_within_its_own_spread():
+    for name in pages.SPECS:
+        if (kept := pages.RESULTS / f"{name}.json").exists():
+            for r in pages.ratios(name, json.loads(kept.read_text(encoding="utf-8"))["result"]["rows"]):
+                assert r.low - 1e-9 <= r.ratio <= r.high + 1e-9, (name, r)
+
+
 def test_ratios_of_a_benchmark_by_hand():
     rows = [{"config": "mini", "batch": 1, "engine": "minigpt", "tok_s": 90.0, "min": 80.0, "max": 100.0},
             {"config": "mini", "batch": 1, "engine": "HF generate", "tok_s": 60.0, "min": 50.0, "max": 70.0},
