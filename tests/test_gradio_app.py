@@ -369,7 +369,7 @@ def test_compare_and_vote(ada, server, alone):
 def test_card_and_bad_input(ada):
     """What is too long is told, and stays in the box; so does an empty message."""
     ada.page.get_by_role("tab", name="Model card").click()
-    ada.page.get_by_text("35,981,824").wait_for()
+    ada.page.get_by_text("35,984,384").wait_for()
     ada.shot("card")
     ada.page.get_by_role("tab", name="Chat").click()
     before = ada.texts("user")
