@@ -1252,6 +1252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'minigpt/engine/finetune.py'),
                                          'minigpt.engine.finetune.check_pair': ( 'engine/finetune.html#check_pair',
                                                                                  'minigpt/engine/finetune.py'),
+                                         'minigpt.engine.finetune.checked': ('engine/finetune.html#checked', 'minigpt/engine/finetune.py'),
                                          'minigpt.engine.finetune.finetune': ( 'engine/finetune.html#finetune',
                                                                                'minigpt/engine/finetune.py'),
                                          'minigpt.engine.finetune.given_length': ( 'engine/finetune.html#given_length',

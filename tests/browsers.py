@@ -41,7 +41,7 @@ def jupyter_lab(home: Path, name: str, nb: dict) -> Iterator[str]:
          "--LabApp.expose_app_in_browser=True"],
         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(120):
+        for _ in range(360):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2)
                 break
@@ -59,7 +59,7 @@ def jupyter_lab(home: Path, name: str, nb: dict) -> Iterator[str]:
 def run_all_cells(page, address: str) -> None:
     """Open the notebook at `address`, wait for its kernel, and run all of it."""
     page.goto(address)
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=180_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 

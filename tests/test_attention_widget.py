@@ -38,20 +38,20 @@ def test_a_typed_sentence_is_drawn(lab):
         page.route("**/*", lambda r: r.continue_() if "127.0.0.1" in r.request.url else r.abort())
         run_all_cells(page, lab)
         box = page.locator(".widget-text input").first
-        box.wait_for(state="attached", timeout=90_000)
+        box.wait_for(state="attached", timeout=240_000)
         box.scroll_into_view_if_needed()
         drawing = page.locator("img.widget-image").first
-        expect(drawing).to_be_visible(timeout=30_000)
+        expect(drawing).to_be_visible(timeout=120_000)
         seen = [drawing.get_attribute("src")]
         box.fill("A small bird sings in the tree.")
         assert drawing.get_attribute("src") == seen[0]  # nothing before Enter
         box.press("Enter")
-        expect(drawing).not_to_have_attribute("src", seen[0], timeout=30_000)
+        expect(drawing).not_to_have_attribute("src", seen[0], timeout=120_000)
         assert drawing.evaluate("image => image.decode().then(() => image.naturalWidth)") > 600
         box.fill("word " * 40)
         box.press("Enter")
         told = page.locator(".widget-label", has_text="fit into the picture")
-        expect(told).to_be_visible(timeout=30_000)
+        expect(told).to_be_visible(timeout=120_000)
         if folder := os.environ.get("MINIGPT_SCREENSHOTS"):
             page.screenshot(path=str(Path(folder) / "attention-widget.png"))
         browser.close()

@@ -288,11 +288,15 @@ def test_an_interrupted_run_does_not_look_finished(command, name, code, words, s
     process = subprocess.Popen([*MINIGPT, *command, *settings, "--out", "run"], cwd=tmp_path, env=environment(),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log, end = tmp_path / "run" / "log.csv", time.monotonic() + 200
-    while not (log.exists() and log.read_text().count("\n") > 2):
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
-        time.sleep(0.1)
-    process.send_signal(getattr(signal, name))
-    out, err = process.communicate(timeout=100)
+    try:
+        while not (log.exists() and log.read_text().count("\n") > 2):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < end, "no step was logged"
+            time.sleep(0.1)
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
     last = err.strip().splitlines()[-1]
     assert process.returncode == code and words in last and b"--resume" in last and b"Traceback" not in err
     assert b"saved in" not in out and b"nan" not in out

@@ -392,6 +392,8 @@ def tab(tmp_path):
                 break
         assert server.poll() is None, "the server ended"
         time.sleep(0.5)
+    else:
+        pytest.fail("the tab did not start")
     yield f"http://127.0.0.1:{port}", path
     server.terminate()
     server.wait(20)
@@ -412,13 +414,15 @@ def test_vote_tab_in_a_browser(tab):
             page.get_by_label("Your name").fill(rater)
             page.get_by_role("button", name="Start").click()
             page.get_by_text("3 to go").wait_for()
-            assert "says" in page.get_by_label("Left", exact=True).input_value()
+            api.expect(page.get_by_label("Left", exact=True)).to_have_value(re.compile("says"), timeout=60_000)
         for left, (choice, text) in zip((2, 1, 0), list(BUTTONS.items())[:3]):
             page = pages["ada"]
             prompt = page.get_by_label("Asked").input_value()
             shown = page.get_by_label("Left", exact=True).input_value()
             page.get_by_role("button", name=text).click()
             page.get_by_text(f"{left} to go" if left else "All done").wait_for()
+            if left:
+                api.expect(page.get_by_label("Asked")).not_to_have_value(prompt, timeout=60_000)
             vote = Votes(path).rows[-1]
             assert (vote.rater, vote.choice) == ("ada", choice)
             assert prompt == f"Prompt {vote.item[1:]}?" and shown.startswith(vote.left)

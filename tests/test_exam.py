@@ -188,9 +188,9 @@ def test_nothing_that_a_file_does_ends_the_exam(tmp_path, capsys):
     (tmp_path / "exam_neighbour.py").write_text("def attention(q, k, v):\n    return v", encoding="utf-8")
     path = tmp_path / "wild.py"
     path.write_text(WILD, encoding="utf-8")
-    assert exam.run_exam(path, seconds=2) == 1
+    assert exam.run_exam(path, seconds=8) == 1
     said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert said["learn_merges"].startswith("no end after 2 seconds: learn_merges('', 3) (lesson 00")
+    assert said["learn_merges"].startswith("no end after 8 seconds: learn_merges('', 3) (lesson 00")
     assert said["encode"].startswith("Python died with exit code 3: encode('', [])")
     assert said["attention"].startswith("wrong: attention(")
     assert said["sample_probs"].startswith("line 13 raised SystemExit: enough, for sample_probs([1.0, 3.0], ")

@@ -469,6 +469,7 @@ def test_dpo_prefers_and_resumes_exactly(tokenizer, tmp_path):
 @pytest.mark.parametrize("row, words", [
     ({"prompt": "a", "chosen": "b"}, "no pair here"), ("text", "no pair here"),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "nothing to prefer"),
+    ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected"), ({"prompt": 3, "chosen": "b", "rejected": "c"}, "chosen"),
     ({"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}, "role is 'user'"),
     ({"chosen": talk("a", "b")["messages"], "rejected": talk("x", "c")["messages"]}, "same prompt")])
 def test_bad_pairs_are_named(row, words):

@@ -161,6 +161,8 @@ def test_an_adapter_is_resumed_and_learns_preferences(base, tmp_path):
     (["--nf4"], "such as --lora r=8"), (["--lora", "r=0"], "r=0"), (["--lora", "r"], "such as --lora r=8"),
     (["--lora", "rank=8"], "'rank' is no field of LoraConfig; there are: r, lora_alpha"),
     (["--lora", "target_modules=q_proj"], "'q_proj'"), (["--lora", "bias=all"], "'bias' is no field"),
+    (["--lora", "lora_alpha=abc"], "lora_alpha='abc'"), (["--lora", "lora_dropout=null"], "lora_dropout=None"),
+    (["--lora", "target_modules=5"], "target_modules=5"),
     (["--lora", "r=8", "--add-chat-tokens"], "an adapter can't hold")])
 def test_bad_adapters(base, tmp_path, arguments, words):
     assert words in run(base, "--data", "chats", "--out", tmp_path / "run", *FAST, *arguments, code=2)
@@ -172,6 +174,9 @@ def test_bad_adapters(base, tmp_path, arguments, words):
     (["--data", "no-such-file.jsonl"], "no such file"), (["--data", "chats"], "tokens, the model reads 192"), (["--data", "chats"], "--too-long cut"),
     (["--data", "chats", "--too-long", "drop", "--set", "betas=5"], "betas=5"),
     (["--data", "chats", "--too-long", "drop", "--set", "seed=-1"], "seed=-1"),
+    *((["--data", "chats", "--set", wrong], wrong.partition("=")[0] + "=") for wrong in (
+        "batch_size=0", "batch_size=abc", "max_steps=abc", "block_size=abc")),
+    (["--pairs", "preferences", "--set", "block_size=abc"], "block_size='abc'"),
     (["--data", "chats", "--too-long", "maybe"], "too_long='maybe'"), (["--data", "chats", "--set", "lr"], "name=value"),
     (["--data", "chats", "--too-long", "drop", "--set", "speed=3"], "speed")])
 def test_bad_input(base, tmp_path, arguments, words):

@@ -113,7 +113,7 @@ class Person:
 
     def __init__(self, browser, url: str, **more):
         self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 1000}} | more)
-        self.context.set_default_timeout(15_000)
+        self.context.set_default_timeout(120_000)
         self.page = self.context.new_page()
         self.page.route("**/*", self.route)
         self.page.on("websocket", lambda ws: seen.append(ws.url))
@@ -124,7 +124,6 @@ class Person:
 
     def ask_greedily(self) -> None:
         self.press("How it answers")
-        self.page.wait_for_timeout(500)                # the sliders appear, with their own values
         self.set("temperature", "0")
         if self.documents.is_visible():
             self.documents.uncheck()
@@ -156,16 +155,28 @@ class Person:
     def press(self, name: str) -> None:
         self.page.get_by_role("button", name=name).last.click()
 
+    def redo(self, name: str, count: int) -> str:
+        """Press a button that takes the last answer away, and hear the new one."""
+        self.page.evaluate("""n => { window.fell = false; new MutationObserver((_, me) => {
+            if (document.querySelectorAll('[data-testid=bot]').length < n) { window.fell = true; me.disconnect() }
+        }).observe(document.body, {childList: true, subtree: true}) }""", count)
+        self.press(name)
+        self.page.wait_for_function("() => window.fell", timeout=60_000)
+        return self.hear(count)
+
     def choose(self, label: str, option: str) -> None:
         self.page.get_by_label(label, exact=True).click()
         self.page.get_by_role("option", name=option).first.click()
 
     def set(self, label: str, value: str) -> None:
         field = self.page.get_by_label(f"number input for {label}")
-        field.fill(value)
-        field.press("Tab")
-        self.page.wait_for_timeout(300)
-        assert field.input_value() == value
+        for _ in range(20):                            # a slider that appears late brings its own value
+            field.fill(value)
+            field.press("Tab")
+            self.page.wait_for_timeout(300)
+            if field.input_value() == value:
+                return
+        raise AssertionError(f"{label} is {field.input_value()}, not {value}")
 
     def shot(self, name: str) -> None:
         if folder := os.environ.get("MINIGPT_SCREENSHOTS"):
@@ -205,7 +216,7 @@ def test_send_and_stream(ada, alone):
     ada.say("Tell me a short story about a fox and a kite.")
     assert ada.hear(1).split() == alone.reply("Tell me a short story about a fox and a kite.").split()
     grown = sorted(filter(None, ada.page.evaluate("[...window.grown]")), key=len)
-    assert len(grown) > 3 and all(grown[-1].startswith(part) for part in grown)
+    assert len(grown) > 1 and all(grown[-1].startswith(part) for part in grown)
     assert ada.box.input_value() == ""
 
 
@@ -236,22 +247,19 @@ def test_undo_and_edit_and_retry(ada, alone):
     """Gradio's own buttons: Undo brings the message back into the box, Retry asks again, Edit goes on from there."""
     ada.press("Undo")
     ada.page.wait_for_function("() => document.querySelectorAll('[data-testid=bot]').length == 3")
-    assert "star" in ada.box.input_value()
+    ada.page.wait_for_function("() => document.querySelector('[data-testid=textbox]').value.includes('star')")
     ada.box.fill("")
-    ada.press("Retry")
-    ada.page.wait_for_timeout(300)
-    assert ada.hear(3) == alone.exchanges[-1][1]       # greedy: the same again
+    assert ada.redo("Retry", 3) == alone.exchanges[-1][1]       # greedy: the same again
     ada.press("Edit")
     field = ada.page.locator("textarea.edit-textarea, .edit-textarea textarea, [data-testid=user] textarea").last
     field.fill("Who am I?")
-    ada.press("Submit")
-    ada.page.wait_for_timeout(300)
     own = alone.fork()
     own.messages = alone.messages[:4]
-    assert ada.hear(3) == own.reply("Who am I?")
+    assert ada.redo("Submit", 3) == own.reply("Who am I?")
 
 
 def test_stop_keeps_what_was_said(ada):
+    ada.set("temperature", "2")                        # hardly ever ends by itself
     ada.set("length", "512")
     ada.say("Tell me a long story about a lighthouse.")
     ada.page.wait_for_function("() => [...document.querySelectorAll('[data-testid=bot]')].at(-1).innerText.length > 60")
@@ -267,6 +275,11 @@ def test_stop_keeps_what_was_said(ada):
 
 def test_a_chat_survives_a_reload(ada):
     """The browser keeps it: after a reload it stands in the list, and a click shows it again."""
+    ada.page.evaluate("""() => { const set = Storage.prototype.setItem; Storage.prototype.setItem = function (...pair) {
+        set.apply(this, pair); window.kept = document.querySelectorAll('[data-testid=bot]').length } }""")
+    ada.say("What is a violin?")
+    ada.hear(6)
+    ada.page.wait_for_function("() => window.kept == 6", polling=100)
     before = ada.texts("bot")
     ada.page.reload()
     ada.box.wait_for()
@@ -434,9 +447,9 @@ def test_a_full_queue_is_told_and_ends(small, tmp_path, browser, monkeypatch):
         people[3].say("whale 3")
         people[3].page.get_by_test_id("toast-body").filter(has_text="busy").first.wait_for()
         people[3].shot("busy")
+        people[3].page.get_by_test_id("toast-close").first.click()
         gate.set()
         assert [person.hear(1) for person in people[:3]] == ["About whale 0", "About whale 1", "About whale 2"]
-        people[3].page.get_by_test_id("toast-close").first.click()
         assert people[3].box.input_value() == "whale 3"    # nothing that was typed is lost
         people[3].box.press("Enter")
         assert people[3].hear(1) == "About whale 3"

@@ -132,6 +132,9 @@ from minigpt.engine.dataset_readers import load_text
 
 def slowly(texts):
     for n, text in enumerate(texts):
+        if n == 100 and sys.argv[3:]:                  # say so, and wait for a word
+            print("began", flush=True)
+            sys.stdin.readline()
         if n % 100 == 0:
             time.sleep(0.05)
         yield text
@@ -150,7 +153,7 @@ def test_interrupted_packing_leaves_nothing_and_begins_again(tmp_path, tok, stor
     run = subprocess.Popen([sys.executable, str(script), str(target), str(num_proc)], stderr=subprocess.DEVNULL,
                            env=os.environ | {"PYTHONPATH": str(ROOT)})
     part = tmp_path / ".s.bin.part"
-    for _ in range(600):
+    for _ in range(4000):
         time.sleep(0.05)
         if part.exists() and part.stat().st_size > packing.HEADER_BYTES or run.poll() is not None:
             break
@@ -166,14 +169,13 @@ def test_of_two_processes_one_packs(tmp_path, tok, stories):
     """A second process with the same target, and no overwrite, does not say that it packed, and changes nothing."""
     script, target = tmp_path / "slow.py", tmp_path / "s.bin"
     script.write_text(SLOW)
-    first = subprocess.Popen([sys.executable, str(script), str(target), "1"], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    for _ in range(600):
-        time.sleep(0.05)
-        if (tmp_path / ".s.bin.part").exists():
-            break
+    first = subprocess.Popen([sys.executable, str(script), str(target), "1", "ask"], stdin=subprocess.PIPE, text=True,
+                             stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert first.stdout.readline() == "began\n" and (tmp_path / ".s.bin.part").exists()
     with pytest.raises(BlockingIOError, match="s.bin is being written by another process"):
         pack(stories[:10], target, tok)
-    assert first.wait(120) == 0
+    first.communicate("\n")
+    assert first.returncode == 0
     with pytest.raises(FileExistsError, match="s.bin exists"):
         pack(stories[:10], target, tok)
     assert TokenFile(target, tok).header.n_documents == len(stories)

@@ -434,7 +434,7 @@ def test_at_the_end_answers_are_cut_and_health_says_so(small):  # noqa: F811
     app.state.engine.batch.step = lambda: (time.sleep(0.05), step())[1]
     sock = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server = make_server(app, grace=1.5)
+    server = make_server(app, grace=60)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     raw = call_raw(url, stream=True)
@@ -444,6 +444,7 @@ def test_at_the_end_answers_are_cut_and_health_says_so(small):  # noqa: F811
     assert health.status == 503 and json.loads(data)["error"]["code"] == "shutting_down"
     late, data = send(url, "POST", "/v1/completions", ASK, JSON)
     assert late.status == 503 and late.headers["Retry-After"]
+    app.state.engine.ends = 0                          # the patience is over
     response = http.client.HTTPResponse(raw)
     response.begin()
     text = response.read().decode()

@@ -62,6 +62,12 @@ def post(where, body, key=None):
     return connection, connection.getresponse()
 
 
+def metrics(where: str, key: str) -> str:
+    connection = http.client.HTTPConnection(where, timeout=60)
+    connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {key}"})
+    return connection.getresponse().read().decode()
+
+
 def test_a_process_serves_and_ends_in_peace(folder):
     """SIGTERM while one answer runs and one waits: the first ends whole, the second is sent away, the exit code is 0."""
     flags = ["serve", "--model", folder, "--port", "0", "--max-batch", "1", "--name", "tiny-chat"]
@@ -74,7 +80,8 @@ def test_a_process_serves_and_ends_in_peace(folder):
         outcome = []
         waiting = threading.Thread(target=lambda: outcome.append(post(where, body, "k")[1]))
         waiting.start()
-        time.sleep(0.3)
+        while "\nminigpt_waiting 1.0" not in metrics(where, "k"):
+            time.sleep(0.01)
         server.send_signal(signal.SIGTERM)
         rest = first.read().decode()
         waiting.join()

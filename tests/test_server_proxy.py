@@ -15,13 +15,14 @@ import pytest
 import torch
 from browsers import BROWSER, launch
 from fastapi import Request
+from test_server import wait_until
 
 from minigpt.chat import ChatSession
 from minigpt.engine.tokenizer import Tokenizer
 from minigpt.gpt2 import GPT2, GPT2Config
 from minigpt.engine.api_schema import Limits
 from minigpt.engine.app import create_app
-from minigpt.engine.serving import running
+from minigpt.engine.serving import free_port, running
 
 PAGE = Path(__file__).resolve().parent.parent / "deploy" / "README.md"
 NAME, KEY = "chat.example.org", "s3cret"
@@ -37,18 +38,6 @@ http {{
 }}
 """
 pytestmark = [pytest.mark.skipif(shutil.which(name) is None, reason=f"{name} is not here") for name in ("nginx", "openssl")]
-
-
-def wait_until(true, seconds=20):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.002)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def configuration(folder, port, behind):
@@ -74,8 +63,8 @@ class Proxied:
         self.url, self.context = url, ssl.create_default_context(cafile=folder / "cert.pem")
 
     def connect(self):
-        connection = http.client.HTTPSConnection(NAME, self.port, timeout=20)
-        raw = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        connection = http.client.HTTPSConnection(NAME, self.port, timeout=60)
+        raw = socket.create_connection(("127.0.0.1", self.port), timeout=60)
         connection.sock = self.context.wrap_socket(raw, server_hostname=NAME)
         return connection
 

@@ -42,6 +42,7 @@ def test_cancel_from_another_thread(model, tokenizer, prompts):  # noqa: F811
         for piece in pieces:
             said.append(piece)
             started.set()
+            event.wait(30)
 
     started = threading.Event()
     thread = threading.Thread(target=read)
@@ -50,7 +51,7 @@ def test_cancel_from_another_thread(model, tokenizer, prompts):  # noqa: F811
     event.set()
     thread.join(30)
     assert not thread.is_alive() and pieces.finish_reason == "cancelled"
-    assert "".join(said) == pieces.text and len(said) < 300
+    assert "".join(said) == pieces.text and len(said) <= 2
 
 
 def test_stop_strings_end_a_drawn_text(model, tokenizer):  # noqa: F811

@@ -118,7 +118,7 @@ def visit(chromium):
     def open_page(url: str, ready: bool = True, script: str = "", settings: dict | None = None, **options):
         context = chromium.new_context(**{"viewport": {"width": 1100, "height": 800}, **options})
         contexts.append(context)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(120_000)
         if settings:
             script += f"localStorage['minigpt.settings'] ??= {json.dumps(json.dumps(settings))};"
         if script:

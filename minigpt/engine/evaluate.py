@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from minigpt.data import SEPARATOR
 from minigpt.engine import report
 from minigpt.engine.baselines import open_model
 from minigpt.engine.dataset_readers import load_chats
@@ -62,6 +63,10 @@ def run_eval(names: Sequence[str],  # models; all are compared with the first
     chats = load_chats(data or "held")
     opened = [(name, *open_model(name, device=device))
               for name in dict.fromkeys(names)]
+    for name, _, tokenizer in opened:
+        if SEPARATOR not in tokenizer.special_tokens:
+            raise ValueError(f"{name}: its tokenizer has no {SEPARATOR}, "
+                             "which goes in front of all that is measured")
     folder = _free_folder() if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -32,6 +32,17 @@ from minigpt.finetuning import measure, usual_rate
 from minigpt.gpt2 import GPT2
 
 # %% ../../nbs/engine/finetune.ipynb #settings
+def checked(changes: dict[str, Any] | None) -> dict[str, Any]:
+    """Some fields of a TrainConfig; ValueError for one that cannot be."""
+    known = TrainConfig.__dataclass_fields__
+    for name in changes or {}:
+        if name not in known:
+            raise ValueError(f"{name!r} is no setting; there are: "
+                             f"{', '.join(known)}")
+    TrainConfig(**(changes or {}))
+    return dict(changes or {})
+
+
 def tuning_config(rows: int, epochs: float, lr: float,
                   changes: dict[str, Any] | None = None) -> TrainConfig:
     """A TrainConfig for so many epochs over `rows` rows.
@@ -40,15 +51,10 @@ def tuning_config(rows: int, epochs: float, lr: float,
     """
     if not 0 < epochs < math.inf:
         raise ValueError(f"epochs={epochs}: must be over 0")
-    changes = dict(changes or {})
+    changes = checked(changes)
     batch = changes.get("batch_size", 8)
     steps = changes.setdefault(
         "max_steps", max(1, math.ceil(epochs * rows / batch)))
-    known = TrainConfig.__dataclass_fields__
-    for name in changes:
-        if name not in known:
-            raise ValueError(f"{name!r} is no setting; there are: "
-                             f"{', '.join(known)}")
     usual = {"batch_size": 8, "lr": lr, "final_lr": 0.1, "log_every": 5,
              "warmup_steps": max(1, (steps or 100) // 20),
              "eval_every": max(1, (steps or 100) // 4)}
@@ -56,9 +62,9 @@ def tuning_config(rows: int, epochs: float, lr: float,
 
 
 def given_length(config: TrainConfig | dict | None) -> int | None:
-    """The block_size of a config, if it has one."""
-    given = vars(config) if isinstance(config, TrainConfig) else config or {}
-    return given.get("block_size")
+    """The block_size of a config, if it has one; ValueError as `checked`."""
+    whole = isinstance(config, TrainConfig)
+    return (vars(config) if whole else checked(config)).get("block_size")
 
 # %% ../../nbs/engine/finetune.ipynb #checks
 def check_pair(model: GPT2, tokenizer: BPETokenizer) -> None:

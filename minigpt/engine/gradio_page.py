@@ -16,7 +16,7 @@ from pathlib import Path
 from ..chat import ChatSession
 from .answers import place_of
 from .ballots import Ballot, Match, Votes
-from .files import ASSETS
+from .hub import find_model
 from .sessions import AdapterCache
 from .vote_ui import BUTTONS
 from ..ui import SETTINGS
@@ -130,7 +130,7 @@ def model_card(model: str | Path | None = None  # a folder; None: the shipped
                ) -> str:
     """The README of a model's folder as Markdown, without front matter,
     HTML and pictures; a line if there is no README."""
-    path = ASSETS / "minigpt-chat" if model is None else Path(model)
+    path = find_model(model)
     if not (path / "README.md").is_file():
         return f"There is no model card for {str(model).replace('<', '')}."
     text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
@@ -204,7 +204,7 @@ def compare_tab(systems: Systems,
     @_told
     def ask(text: str, name: str, *names: str) -> list:
         match = duel(systems, names, text)
-        made = Ballot([match], votes, name.strip())
+        made = Ballot([match], votes, name.strip(), secrets.randbits(32))
         pair = made.current()
         return [made, pair.left, pair.right, ""]
 

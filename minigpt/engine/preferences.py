@@ -54,10 +54,12 @@ def as_pair(row: Any, where: str = "row") -> Pair:
     prompt, answers = row.get("prompt") or [], []
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    prompt = prompt if isinstance(prompt, list) else [prompt]
     for name in ("chosen", "rejected"):
         said = row[name]
         if isinstance(said, str):
             said = [{"role": "assistant", "content": said}]
+        said = said if isinstance(said, list) else [said]
         *before, last = check_messages([*prompt, *said], f"{where}, {name}")
         answers.append((before, last))
     (before, chosen), (other, rejected) = answers

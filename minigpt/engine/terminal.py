@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from os.path import expanduser
 from pathlib import Path
 
 from rich.console import Console
@@ -239,7 +240,7 @@ class Commands:
     def do_adapter(self, folder: str) -> str:
         """show the adapter; with a folder: use it; with -: the plain model"""
         if folder:
-            chosen = None if folder == "-" else folder
+            chosen = None if folder == "-" else expanduser(folder)
             if self._adapters is None:
                 from minigpt.engine.sessions import AdapterCache
                 self._adapters = AdapterCache(self._session.decoder)
@@ -251,7 +252,8 @@ class Commands:
         """show the documents; with a folder: ask them; with -: none"""
         if folder:
             from minigpt.engine.sessions import as_source
-            self._session.source = as_source(None if folder == "-" else folder)
+            self._session.source = as_source(
+                None if folder == "-" else expanduser(folder))
         found = self._session.source
         return f"Documents: {getattr(found, 'index', found) or 'none'}"
 

@@ -45,6 +45,7 @@ export function useChat() {
       const one = latest.current[id]
       storage.saveConversation(one).then(() => {
         if (latest.current[id] === one) dirty.current.delete(id)
+        if (!dirty.current.size) remember("unsaved", []) // or an old version would come back at the next start
       }, storageFailed)
     }
   }, [storageFailed])
