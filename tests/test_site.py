@@ -299,6 +299,7 @@ def test_a_visitor_chats_with_the_model(browser, site, tmp_path, where):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address, asked = f"http://127.0.0.1:{server.server_port}/some/where/", []
     context = browser.new_context()
+    context.set_default_timeout(120_000)
     context.add_init_script("localStorage['minigpt.settings'] = JSON.stringify({temperature: 0, max_tokens: 40})")
     page = context.new_page()
     page.on("request", lambda request: asked.append(request.url))
