@@ -161,8 +161,8 @@ def test_an_adapter_is_resumed_and_learns_preferences(base, tmp_path):
     (["--nf4"], "such as --lora r=8"), (["--lora", "r=0"], "r=0"), (["--lora", "r"], "such as --lora r=8"),
     (["--lora", "rank=8"], "'rank' is no field of LoraConfig; there are: r, lora_alpha"),
     (["--lora", "target_modules=q_proj"], "'q_proj'"), (["--lora", "bias=all"], "'bias' is no field"),
-    (["--lora", "lora_alpha=abc"], "lora_alpha='abc'"), (["--lora", "lora_dropout=null"], "lora_dropout=None"),
-    (["--lora", "target_modules=5"], "target_modules=5"),
+    (["--lora", "lora_alpha=abc"], "lora_alpha=abc: expected a number"), (["--lora", "lora_dropout=null"], "lora_dropout=None"),
+    (["--lora", "target_modules=5"], "target_modules=5: expected names"),
     (["--lora", "r=8", "--add-chat-tokens"], "an adapter can't hold")])
 def test_bad_adapters(base, tmp_path, arguments, words):
     assert words in run(base, "--data", "chats", "--out", tmp_path / "run", *FAST, *arguments, code=2)

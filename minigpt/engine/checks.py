@@ -59,16 +59,12 @@ def check_lora(config,  # a LoraConfig
     if not isinstance(config.r, int) or config.r < 1:
         raise ValueError(f"r={config.r!r}: the rank is a whole number, 1 or "
                          "more; 8 is a good start")
-    alpha, dropout = config.lora_alpha, config.lora_dropout
-    if not (isinstance(alpha, (int, float)) and alpha > 0):
-        raise ValueError(f"lora_alpha={alpha!r} must be over 0; "
+    if not config.lora_alpha > 0:
+        raise ValueError(f"lora_alpha={config.lora_alpha!r} must be over 0; "
                          "twice the rank is a good start")
-    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
-        raise ValueError(f"lora_dropout={dropout!r} is a share: "
+    if not 0 <= config.lora_dropout < 1:
+        raise ValueError(f"lora_dropout={config.lora_dropout!r} is a share: "
                          "0 or more, and less than 1")
-    if isinstance(config.target_modules, (int, float)):
-        raise ValueError(f"target_modules={config.target_modules!r}: name a "
-                         "layer, such as 'c_attn', or say 'all-linear'")
     if not config.target_modules:
         raise ValueError("target_modules is empty: name a layer, such as "
                          "'c_attn', or say 'all-linear'")

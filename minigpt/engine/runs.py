@@ -130,11 +130,14 @@ def _with_adapter(model, name: str,  # of the model
     import torch
     from minigpt.lora import LoraConfig, apply_lora
     known = LoraConfig.__dataclass_fields__
-    for key in values:
+    for key, value in values.items():
         if key not in known:
-            raise ValueError(f"--lora {key}={values[key]}: {key!r} is no "
-                             f"field of LoraConfig; there are: "
-                             f"{', '.join(known)}")
+            raise ValueError(f"--lora {key}={value}: {key!r} is no field of "
+                             f"LoraConfig; there are: {', '.join(known)}")
+        names = key == "target_modules"
+        if not isinstance(value, (str, list) if names else (int, float)):
+            raise ValueError(f"--lora {key}={value}: expected "
+                             f"{'names of layers' if names else 'a number'}")
     targets = values.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
         values = {**values, "target_modules": targets.split(",")}
