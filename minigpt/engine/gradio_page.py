@@ -16,7 +16,8 @@ from pathlib import Path
 from ..chat import ChatSession
 from .answers import place_of
 from .ballots import Ballot, Match, Votes
-from .hub import find_model
+from .files import ASSETS
+from .hub import SHIPPED
 from .sessions import AdapterCache
 from .vote_ui import BUTTONS
 from ..ui import SETTINGS
@@ -130,7 +131,8 @@ def model_card(model: str | Path | None = None  # a folder; None: the shipped
                ) -> str:
     """The README of a model's folder as Markdown, without front matter,
     HTML and pictures; a line if there is no README."""
-    path = find_model(model)
+    path = Path(model or SHIPPED).expanduser()
+    path = ASSETS / SHIPPED if str(path) == SHIPPED else path
     if not (path / "README.md").is_file():
         return f"There is no model card for {str(model).replace('<', '')}."
     text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
