@@ -332,6 +332,7 @@ def test_eval_writes_a_report_and_compares(few, tmp_path, monkeypatch):
 def test_bad_arguments_end_in_one_line_and_2(args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words in one_line("eval", *args)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tokenizer_without_the_mark_of_documents_is_told_before_any_work(tmp_path):
@@ -340,7 +341,6 @@ def test_a_tokenizer_without_the_mark_of_documents_is_told_before_any_work(tmp_p
          ).save_pretrained(tmp_path / "bare", tokenizer)
     assert "no <|endoftext|>" in one_line("eval", tmp_path / "bare", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.iterdir())
 
 
 def test_folders_are_counted_up(tmp_path):

@@ -679,10 +679,10 @@ SMALL = ["hi", "Hello!", "Thank you!", "Tell me a joke.", "How are you?", "Good 
 
 def test_small_talk_is_not_looked_up(tmp_path, the_course):
     """Its words may well stand in the documents."""
-    (tmp_path / "a.txt").write_text("Hi, hello and good morning! Thank you. Tell me a joke. I am sad, ok? Sing a song. What is up? Help.")
+    (tmp_path / "a.txt").write_text("Hi, hello and good morning! Thank you. Tell me a joke. I am sad, ok? Sing a song. What is up? Help. The lighthouse is no joke.")
     reader = RAG(tmp_path, lambda prompt: "never")
     assert all(reader.prompt(text) == (text, []) for text in SMALL)
-    assert reader.prompt("Who may sing about boats?", ())[1] == [] and reader.prompt("Where does the joke stand in documents?")[1]
+    assert reader.prompt("Who may sing about boats?", ())[1] == [] and reader.prompt("Is the lighthouse a joke?")[1]
     assert not any(answers.is_small_talk(q["question"]) for q in QUESTIONS)
     assert RAG(the_course, lambda prompt: "never").prompt("Tell me a joke.") == ("Tell me a joke.", [])
 
