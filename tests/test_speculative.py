@@ -274,7 +274,6 @@ def test_the_table_is_the_benchmarks():
         [f"{row['tokens_a_step']:.3f}", f"{100 * row['accepted']:.1f} %", f"{row['vs_plain']:.2f}"]
         for row in rows if row["guesses"] == 4]
     assert [row[1:] for row in table] == want and all(row["same_tokens"] for row in rows)
-    assert table[2][1:] == ["1.455", "12.8 %", "1.54"]
 
 
 @pytest.fixture(scope="module")
