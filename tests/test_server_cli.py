@@ -80,7 +80,9 @@ def test_a_process_serves_and_ends_in_peace(folder):
         outcome = []
         waiting = threading.Thread(target=lambda: outcome.append(post(where, body, "k")[1]))
         waiting.start()
+        end = time.monotonic() + 60
         while "\nminigpt_waiting 1.0" not in metrics(where, "k"):
+            assert time.monotonic() < end, "the second request never waited"
             time.sleep(0.01)
         server.send_signal(signal.SIGTERM)
         rest = first.read().decode()
