@@ -336,7 +336,7 @@ def _add_page(app: FastAPI, assets: Path) -> None:
 def served_name(model: object) -> str:
     """What clients call a model: its folder's name, or minigpt-chat."""
     named = isinstance(model, (str, Path))
-    return Path(model).resolve().name if named else "minigpt-chat"
+    return Path(model).absolute().name if named else "minigpt-chat"
 
 
 def _shortened(model: GPT2, most: int) -> GPT2:
